@@ -1,0 +1,98 @@
+"""Every field of a run, with its default. The other configs change a line or two of it.
+
+The argument after the colon picks the data set and, after a comma, another size of the model:
+
+    python run.py --config=configs/vit.py:cifar100
+    python run.py --config=configs/vit.py:cifar10,study
+"""
+
+from ml_collections import ConfigDict
+
+DATASETS = ('cifar10', 'cifar100', 'digits')
+SIZES = ('study',)
+
+
+def get_config(arguments: str = '') -> ConfigDict:
+    """The base config: the ViT. `arguments` is '', a data set, a size, or both with a comma."""
+    words = [word.strip() for word in arguments.split(',') if word.strip()]
+    datasets = [word for word in words if word in DATASETS]
+    sizes = [word for word in words if word in SIZES]
+    if len(datasets) > 1 or len(sizes) > 1 or len(datasets) + len(sizes) < len(words):
+        raise ValueError(
+            f'the config argument is {arguments!r}; allowed is at most one data set of '
+            f'{DATASETS} and at most one size of {SIZES}, separated by a comma.'
+        )
+
+    config = ConfigDict()
+    config.seed = 0  # Of the weights, the projections, the order of images, and augmentation.
+    config.num_epochs = 30
+    config.batch_size = 128  # Over all devices.
+
+    config.dataset = ConfigDict()
+    config.dataset.name = datasets[0] if datasets else 'cifar10'
+    config.dataset.data_dir = ''  # A prepared TFDS directory; '': $TFDS_DATA_DIR, or download.
+    # What to do where the data set cannot be had: train on 'digits', or fail ('none'). Whoever
+    # names a data set wants that one.
+    config.dataset.fallback = 'none' if datasets else 'digits'
+    config.dataset.validation_fraction = 0.2  # Of the training set, stratified; 0.0: none.
+    config.dataset.split_seed = 0
+
+    config.augment = ConfigDict()
+    config.augment.crop_padding = 4  # Pixels of reflection around a random crop; 0: no crop.
+    config.augment.flip = True  # Mirror half of the images; never done to digits.
+
+    config.model = ConfigDict()
+    config.model.stem = 'conv'  # Or 'patch'.
+    config.model.patch_size = 4  # Pixels along a token: 4, 2, 1 give 64, 256, 1,024 tokens.
+    config.model.stem_channels = (32, 64)  # Of the 'conv' stem.
+    config.model.width = 128
+    config.model.depth = 2
+    config.model.num_heads = 4
+    config.model.mlp_dim = 256
+    config.model.position = 'learned'  # Or 'sine'.
+    config.model.pooling = 'gap'  # Or 'cls', 'map'.
+    config.model.dropout_rate = 0.0
+    config.model.drop_path_rate = 0.0  # Stochastic depth of the last block.
+    config.model.dtype = 'float32'  # Of the computation, or 'bfloat16'; weights are float32.
+
+    # The kernel is what makes a Performer of a ViT. The fields below it belong to the kernels that
+    # have random features; 'exact' uses none of them, and 'ftheta' and 'ftheta_mixture', whose
+    # features are learnt, use num_features and hidden.
+    config.model.attention = ConfigDict()
+    config.model.attention.kernel = 'exact'
+    config.model.attention.num_features = 64
+    config.model.attention.projection = 'orthogonal'  # Or 'gaussian', 'none'.
+    config.model.attention.row_norms = 'gaussian'  # Or 'sqrt_dim'; of orthogonal rows.
+    config.model.attention.redraw_every = 0  # Steps between new projections; 0: never.
+    config.model.attention.hidden = 128  # Units of fθ's hidden layer.
+
+    config.optimizer = ConfigDict()
+    config.optimizer.name = 'adamw'  # Or 'adam', 'sgd'.
+    config.optimizer.learning_rate = 3e-3  # The highest that the schedule reaches.
+    config.optimizer.schedule = 'cosine'  # Or 'step'.
+    config.optimizer.warmup_epochs = 1.0
+    config.optimizer.decay_epochs = 5.0  # 'step': every so many epochs…
+    config.optimizer.decay_factor = 0.5  # …the rate is multiplied by this.
+    config.optimizer.momentum = 0.9  # Of 'sgd'.
+    config.optimizer.weight_decay = 0.05  # Not on biases, norms and embeddings.
+    config.optimizer.clip_norm = 1.0  # Largest global norm of a gradient; 0.0: no clipping.
+
+    config.label_smoothing = 0.1
+    config.ema_decay = 0.999  # Exponential moving average of the weights, evaluated; 0.0: none.
+    config.early_stopping_patience = 0  # Epochs without a lower validation loss; 0: never stop.
+    config.test_state = 'best'  # Which state meets the test split: 'best' on validation, or 'last'.
+
+    config.checkpoint = ConfigDict()
+    config.checkpoint.every_epochs = 1
+    config.checkpoint.keep = 2  # So many of the latest are kept, and the best.
+
+    config.log_every_steps = 20
+    config.profile = False  # Trace a few steps for TensorBoard's profiler.
+
+    if sizes == ['study']:
+        # The ViT of the study that this project reimplements.
+        config.model.update(
+            stem='patch', patch_size=4, width=256, depth=8, num_heads=8, mlp_dim=512,
+            dropout_rate=0.1,
+        )
+    return config

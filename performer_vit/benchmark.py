@@ -1,0 +1,238 @@
+"""Every claim of speed as a command.
+
+    python -m performer_vit.benchmark train_step --config=configs/performer_relu.py
+    python -m performer_vit.benchmark inference --config=configs/performer_relu.py --json=FILE
+
+Contenders of one run alternate round by round, because a machine's speed drifts; figures are
+medians over the rounds with the lowest and the highest beside them.
+"""
+
+import functools
+import itertools
+import pathlib
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+
+import jax
+import jax.numpy as jnp
+from absl import app, flags, logging
+from flax import jax_utils
+from ml_collections import config_flags
+
+from performer_vit import (
+    datasets,
+    environment,
+    input_pipeline,
+    predict,
+    progress,
+    train,
+    vit,
+    workdir,
+)
+from performer_vit.errors import BadInput
+
+PEAK_SIZE = 4096  # Side of the square float32 product that stands for the machine's peak.
+
+_CONFIG = config_flags.DEFINE_config_file('config', None, 'A file of configs/.')
+_JSON = flags.DEFINE_string('json', None, 'Also write the figures to this file.')
+_ROUNDS = flags.DEFINE_integer('rounds', 5, 'How often each contender has its turn.', 1)
+
+
+def alternate(contenders: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, list]:
+    """Lets every contender run once a round, in turn, and collects what each returns."""
+    measured = {name: [] for name in contenders}
+    for _ in range(rounds):
+        for name, contender in contenders.items():
+            measured[name].append(contender())
+    return measured
+
+
+def spread(values: list[float]) -> dict[str, float]:
+    """Median, lowest and highest of repeated measurements."""
+    return {'median': statistics.median(values), 'low': min(values), 'high': max(values)}
+
+
+def matmul_peak() -> Callable[[], float]:
+    """A contender that returns the FLOP/s of one dense float32 product of side `PEAK_SIZE`."""
+    keys = jax.random.split(jax.random.key(0))
+    a, b = (jax.random.normal(key, (PEAK_SIZE, PEAK_SIZE)) for key in keys)
+    product = jax.jit(jnp.matmul).lower(a, b).compile()
+    jax.block_until_ready(product(a, b))
+
+    def measure() -> float:
+        started = time.perf_counter()
+        jax.block_until_ready(product(a, b))
+        return 2 * PEAK_SIZE**3 / (time.perf_counter() - started)
+
+    return measure
+
+
+def _prepare(config):
+    train.check(config)
+    dataset = datasets.load(**config.dataset)
+    training = train.prepare(config, dataset)
+    state = jax_utils.replicate(training.state, axis_name='batch')
+    return dataset, training, state
+
+
+def _figures(config, dataset, training, flops: float, measured: Mapping[str, list]) -> dict:
+    """What both benchmarks report; `flops` are those of one batch."""
+    batch_size = config.batch_size
+    return {
+        'config': config.to_dict(),
+        'dataset': dataset.name,
+        'kernel': config.model.attention.kernel,
+        'num_params': training.num_params,
+        'num_tokens': vit.num_tokens(training.model, dataset.image_shape),
+        'batch_size': batch_size,
+        'gflop_per_image': flops / batch_size / 1e9,
+        'peak_gflop_per_second': spread([value / 1e9 for value in measured['peak']]),
+        'images_per_second': spread(measured['images_per_second']),
+        'gflop_per_second': spread(
+            [value * flops / batch_size / 1e9 for value in measured['images_per_second']]
+        ),
+        # Of each round, so that both numbers are of the same minute.
+        'fraction_of_peak': spread([
+            images * flops / batch_size / peak
+            for images, peak in zip(measured['images_per_second'], measured['peak'], strict=True)
+        ]),
+        'device': environment.device(),
+        'versions': environment.versions(),
+    }  # fmt: skip
+
+
+def train_step(config, rounds: int) -> dict:
+    """The bare train step on one fixed batch, the whole training loop, and the machine's peak.
+
+    The loop is `train.run_steps` with the real input pipeline, progress and TensorBoard. FLOPs are
+    XLA's count of the step before it optimises, over all devices.
+    """
+    dataset, training, state = _prepare(config)
+    batches = functools.partial(
+        input_pipeline.train_batches, dataset.train, seed=config.seed, batch_size=config.batch_size
+    )
+    fixed = next(batches(first_step=0, num_steps=1))
+    pmapped = jax.pmap(training.step_fn, axis_name='batch', donate_argnums=0)
+    lowered = pmapped.lower(state, fixed)
+    flops = lowered.cost_analysis()['flops'] * jax.device_count()
+    started = time.perf_counter()
+    step = lowered.compile()
+    compile_seconds = time.perf_counter() - started
+
+    # As many steps a turn as lie between two reports, so that the loop pays for one of each.
+    count = config.log_every_steps
+    current = {'state': step(state, fixed)[0], 'step': 1}
+    total = 1 + 2 * count * rounds
+    stream = batches(first_step=1, num_steps=total)
+
+    def turn(source, observe) -> float:
+        steps = range(current['step'], current['step'] + count)
+        jax.block_until_ready(current['state'])
+        started = time.perf_counter()
+        state, _ = train.run_steps(step, current['state'], source, steps, count, observe)
+        jax.block_until_ready(state)
+        current.update(state=state, step=steps.stop)
+        return count * config.batch_size / (time.perf_counter() - started)
+
+    with tempfile.TemporaryDirectory() as directory:
+        shown = progress.Progress(directory, dataset.name, 'benchmark', config, 1, total)
+
+        def observe(step: int, metrics: dict) -> None:
+            values = {name: train.scalar(value) for name, value in metrics.items()}
+            train.raise_if_bad(values.pop('first_bad_step'))
+            shown.steps_done(step, values, float(training.schedule(step)))
+
+        contenders = {
+            'peak': matmul_peak(),
+            'images_per_second': lambda: turn(itertools.repeat(fixed), lambda *_: None),
+            'loop_images_per_second': lambda: turn(stream, observe),
+        }
+        measured = alternate(contenders, rounds)
+        shown.close()
+    loops = zip(measured['loop_images_per_second'], measured['images_per_second'], strict=True)
+    return {
+        **_figures(config, dataset, training, flops, measured),
+        'compile_seconds': compile_seconds,
+        'loop_images_per_second': spread(measured['loop_images_per_second']),
+        'loop_over_bare_step': spread([loop / bare for loop, bare in loops]),
+    }
+
+
+def inference(config, rounds: int) -> dict:
+    """The forward pass over one fixed batch, again and again, and the machine's peak."""
+    dataset, training, state = _prepare(config)
+    split = datasets.Split(
+        dataset.train.images[: config.batch_size], dataset.train.labels[: config.batch_size]
+    )
+    batch = next(input_pipeline.eval_batches(split, batch_size=config.batch_size))
+    forward = jax.pmap(predict.make_forward(training.model, dataset), axis_name='batch')
+    lowered = forward.lower(state.evaluated_params, state.projections, batch['image'])
+    flops = lowered.cost_analysis()['flops'] * jax.device_count()
+    compiled = lowered.compile()
+    arguments = (state.evaluated_params, state.projections, batch['image'])
+    jax.block_until_ready(compiled(*arguments))
+    count = config.log_every_steps
+
+    def turn() -> float:
+        started = time.perf_counter()
+        outputs = [compiled(*arguments) for _ in range(count)]
+        jax.block_until_ready(outputs)
+        return count * config.batch_size / (time.perf_counter() - started)
+
+    measured = alternate({'peak': matmul_peak(), 'images_per_second': turn}, rounds)
+    return _figures(config, dataset, training, flops, measured)
+
+
+def table(figures: Mapping) -> str:
+    """The figures of a benchmark as aligned lines: median, and the range over the rounds."""
+    units = {
+        'peak_gflop_per_second': ('matrix-product peak', '{:,.0f} GFLOP/s'),
+        'images_per_second': ('bare, one fixed batch', '{:,.1f} images/s'),
+        'gflop_per_second': ('', '{:,.1f} GFLOP/s'),
+        'fraction_of_peak': ('', '{:.1%} of the peak'),
+        'loop_images_per_second': ('whole loop', '{:,.1f} images/s'),
+        'loop_over_bare_step': ('', '{:.1%} of the bare step'),
+    }
+    lines = [
+        f'{figures["kernel"]} on {figures["dataset"]}: {figures["num_params"]:,} parameters, '
+        f'{figures["num_tokens"]} tokens, batch {figures["batch_size"]}, '
+        f'{figures["gflop_per_image"]:.3f} GFLOP an image; {figures["device"]}'
+    ]
+    for field, (label, unit) in units.items():
+        if field in figures:
+            value = figures[field]
+            low, high = (unit.split(' ')[0].format(value[end]) for end in ('low', 'high'))
+            lines.append(f'{label:<23}{unit.format(value["median"])}  ({low} to {high})')
+    return '\n'.join(lines)
+
+
+BENCHMARKS = {'train_step': train_step, 'inference': inference}
+
+
+def main(argv: list[str]) -> None:
+    """Runs the benchmark that the command line names."""
+    logging.set_verbosity(logging.WARNING)
+    try:
+        if len(argv) != 2 or argv[1] not in BENCHMARKS:
+            raise BadInput(
+                f'the benchmark is {argv[1:]}; give one of {", ".join(BENCHMARKS)}, such as: '
+                'python -m performer_vit.benchmark train_step --config=configs/vit.py'
+            )
+        if not flags.FLAGS['config'].present:
+            raise BadInput('--config is missing; an example is --config=configs/performer_relu.py')
+        if _JSON.value and not pathlib.Path(_JSON.value).absolute().parent.is_dir():
+            raise BadInput(f'the directory of --json={_JSON.value} does not exist; make it first.')
+        figures = BENCHMARKS[argv[1]](_CONFIG.value, _ROUNDS.value)
+    except BadInput as error:
+        print(f'error: {error}', file=sys.stderr)
+        sys.exit(2)
+    print(table(figures))
+    if _JSON.value:
+        workdir.write_json(_JSON.value, figures)
+
+
+if __name__ == '__main__':
+    app.run(main)

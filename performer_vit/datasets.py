@@ -1,0 +1,526 @@
+"""Where the images come from: CIFAR-10 and CIFAR-100 by TFDS, the embedded digits, a user's arrays.
+
+A data set is held in memory as uint8 images and int32 labels, already split. Everything here is
+NumPy; TensorFlow, TFDS and scikit-learn are imported only by the functions that need them.
+"""
+
+import dataclasses
+import importlib.util
+import os
+import pathlib
+import sys
+import textwrap
+import threading
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from performer_vit.errors import BadInput, choose
+
+DATASETS = ('cifar10', 'cifar100', 'digits')
+FALLBACKS = ('digits', 'none')
+
+_DOWNLOADS = {
+    'cifar10': 'https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz',
+    'cifar100': 'https://www.cs.toronto.edu/~kriz/cifar-100-binary.tar.gz',
+}
+_NUM_CLASSES = {'cifar10': 10, 'cifar100': 100}
+# How long the download host may take to answer before it counts as out of reach.
+_PROBE_SECONDS = 10.0
+# The digits have no test split of their own, so one is fixed here, once and for every seed.
+_DIGITS_TEST_FRACTION = 0.2
+_DIGITS_TEST_SEED = 0
+# Images per block when data are decoded or summed: keeps temporaries to a few MB.
+_BLOCK = 500
+
+
+@dataclasses.dataclass(frozen=True)
+class Split:
+    """Images and labels of one split.
+
+    Attributes:
+        images: (n, h, w, c) uint8, 0 to 255.
+        labels: (n,) int32, indices into the data set's `class_names`.
+    """
+
+    images: np.ndarray
+    labels: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+
+@dataclasses.dataclass(frozen=True)
+class Dataset:
+    """A data set in memory.
+
+    Attributes:
+        name: what was really read, e.g. 'digits' where the run fell back to the digits.
+        class_names: one name per class.
+        train: the training part.
+        validation: the held-out part of the training set, or None where all of it is trained on.
+        test: the test set.
+        mean: (c,) float32, per-channel mean of train/255.
+        std: (c,) float32, per-channel standard deviation of train/255.
+        flip: whether a mirrored image keeps its label.
+    """
+
+    name: str
+    class_names: tuple[str, ...]
+    train: Split
+    validation: Split | None
+    test: Split
+    mean: np.ndarray
+    std: np.ndarray
+    flip: bool
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.class_names)
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(h, w, c) of every image."""
+        return self.train.images.shape[1:]
+
+
+class _Unavailable(Exception):
+    """A CIFAR data set can be neither read nor downloaded; the text is the reason."""
+
+
+def _print_to_stderr(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def load(
+    name: str,
+    *,
+    data_dir: str | os.PathLike | None = None,
+    fallback: str = 'digits',
+    validation_fraction: float = 0.2,
+    split_seed: int = 0,
+    notify: Callable[[str], None] = _print_to_stderr,
+) -> Dataset:
+    """Reads a data set into memory and splits its training set.
+
+    CIFAR (Krizhevsky, 2009, "Learning multiple layers of features from tiny images") is looked for
+    in `data_dir`, else in the directory that the environment variable TFDS_DATA_DIR names, else in
+    TFDS's default directory (~/tensorflow_datasets), else it is downloaded into the latter by TFDS.
+    Whether the download host answers is decided within about 10 seconds, before TensorFlow is
+    imported, also where connections hang instead of failing. Where nothing can be had, `fallback`
+    decides. A directory that was named (by argument or variable) is never replaced by anything
+    else: where it cannot be read, or has no such data set, that is an error.
+
+    Args:
+        name: one of `DATASETS`.
+        data_dir: the directory that holds a prepared data set as NAME/VERSION/dataset_info.json.
+            None or '' means that none is named. Unused for the digits.
+        fallback: one of `FALLBACKS`. 'digits': `notify` gets a notice and the digits are returned
+            (their `name` says so); 'none': raises instead.
+        validation_fraction: part of the training set held out, stratified by class, in [0, 1);
+            0 means that all of it is trained on and `validation` is None.
+        split_seed: the split is a pure function of it.
+        notify: gets the notice of the fallback, a text of several lines.
+
+    Returns:
+        A `Dataset`, 32×32×3 for all of `DATASETS`.
+
+    Raises:
+        BadInput: unknown name or fallback; a named directory without the data set; a truncated or
+            corrupt prepared data set; a fraction or seed out of range; no data with `fallback`
+            'none'.
+    """
+    choose('dataset.name', name, DATASETS)
+    choose('dataset.fallback', fallback, FALLBACKS)
+    _check_split(validation_fraction, split_seed)
+    if name == 'digits':
+        return _digits(validation_fraction, split_seed)
+    try:
+        class_names, train, test = _read_prepared(name, _prepared_directory(name, data_dir))
+    except _Unavailable as reason:
+        sentence = _missing(name, reason)
+        if fallback == 'none' or _named_directory(data_dir):
+            raise BadInput(sentence) from None
+        notify(_notice(sentence))
+        return _digits(validation_fraction, split_seed)
+    return from_arrays(
+        name,
+        class_names,
+        *train,
+        *test,
+        validation_fraction=validation_fraction,
+        split_seed=split_seed,
+        flip=True,
+    )
+
+
+def from_arrays(
+    name: str,
+    class_names: Sequence[str],
+    train_images: np.ndarray,
+    train_labels: np.ndarray,
+    test_images: np.ndarray,
+    test_labels: np.ndarray,
+    *,
+    validation_fraction: float = 0.2,
+    split_seed: int = 0,
+    flip: bool = False,
+) -> Dataset:
+    """Makes a `Dataset` of arrays in memory, after checking them.
+
+    Args:
+        name: the name that results will carry.
+        class_names: one name per class; label i means `class_names[i]`.
+        train_images: (n, h, w, c) uint8.
+        train_labels: (n,) integers from 0 to len(class_names) - 1.
+        test_images: (m, h, w, c) uint8.
+        test_labels: (m,) integers, as `train_labels`.
+        validation_fraction: see `load`.
+        split_seed: see `load`.
+        flip: whether a mirrored image keeps its label.
+
+    Returns:
+        A `Dataset`. Its mean and std come from the training part alone. A std below 1/255, one
+        grey level, is raised to 1/255, so that a constant channel becomes 0 and not NaN.
+
+    Raises:
+        BadInput: NaN or infinite values, images that are not uint8 or not (n, h, w, c), no images,
+            labels out of range or of another length, train and test images of different shape, a
+            class with too few images to split, a fraction or seed out of range.
+    """
+    class_names = tuple(class_names)
+    _check_split(validation_fraction, split_seed)
+    full = _check('train', train_images, train_labels, len(class_names))
+    test = _check('test', test_images, test_labels, len(class_names))
+    if full.images.shape[1:] != test.images.shape[1:]:
+        raise BadInput(
+            f'The train images have the shape {full.images.shape[1:]} and the test images '
+            f'{test.images.shape[1:]}; both must be the same (h, w, c). Resize one of them.'
+        )
+    train, validation = _split(full, validation_fraction, split_seed)
+    mean, std = _statistics(train.images)
+    return Dataset(name, class_names, train, validation, test, mean, std, flip)
+
+
+def _check_split(validation_fraction: float, split_seed: int) -> None:
+    if not 0 <= validation_fraction < 1:
+        raise BadInput(
+            f'dataset.validation_fraction is {validation_fraction!r}; allowed are numbers from 0 '
+            '(train on the whole training set) to below 1. Choose one, such as 0.2.'
+        )
+    if not 0 <= split_seed < 2**32:
+        raise BadInput(
+            f'The seed of the split is {split_seed!r}; allowed are integers from 0 to 2**32 - 1. '
+            'Choose one of these.'
+        )
+
+
+def _check(what: str, images: np.ndarray, labels: np.ndarray, num_classes: int) -> Split:
+    """Returns the arrays as a `Split`, or raises `BadInput`; `what` names the split."""
+    images, labels = np.asarray(images), np.asarray(labels)
+    for field, values in (('images', images), ('labels', labels)):
+        if np.issubdtype(values.dtype, np.inexact) and not np.all(finite := np.isfinite(values)):
+            index = tuple(int(i) for i in np.unravel_index(np.argmin(finite), values.shape))
+            raise BadInput(
+                f'The {what} {field} contain {values[index]}, first at index {index}; only finite '
+                'values are allowed. Repair or remove that example.'
+            )
+    if images.dtype != np.uint8:
+        raise BadInput(
+            f'The {what} images are {images.dtype}; allowed is uint8, 0 to 255. Scale and convert '
+            'them first.'
+        )
+    if images.ndim != 4 or 0 in images.shape:
+        raise BadInput(
+            f'The {what} images have the shape {images.shape}; allowed is (n, h, w, c) with no '
+            'empty axis. Give at least one image, with an axis of channels.'
+        )
+    if not np.issubdtype(labels.dtype, np.integer) or labels.shape != images.shape[:1]:
+        raise BadInput(
+            f'The {what} labels are {labels.dtype} of shape {labels.shape}; allowed are integers '
+            f'of shape {images.shape[:1]}, one per image. Give one class index per image.'
+        )
+    wrong = (labels < 0) | (labels >= num_classes)
+    if np.any(wrong):
+        index = int(np.argmax(wrong))
+        raise BadInput(
+            f'The {what} label at index {index} is {int(labels[index])}; allowed are 0 to '
+            f'{num_classes - 1}, for {num_classes} class names. Repair the labels or the names.'
+        )
+    return Split(images, labels.astype(np.int32))
+
+
+def _split(full: Split, fraction: float, seed: int) -> tuple[Split, Split | None]:
+    """Holds out `fraction` of `full`, stratified by class: a pure function of (labels, seed)."""
+    if fraction == 0:
+        return full, None
+    from sklearn.model_selection import train_test_split
+
+    try:
+        kept, held_out = train_test_split(
+            np.arange(len(full)), test_size=fraction, random_state=seed, stratify=full.labels
+        )
+    except ValueError as error:
+        raise BadInput(_too_few(full, fraction, str(error))) from None
+    # Sorted, the split is a set of images: their order in training is the batch order's business.
+    parts = [Split(full.images[i], full.labels[i]) for i in map(np.sort, (kept, held_out))]
+    classes = np.unique(full.labels)
+    for part in parts:
+        missing = np.setdiff1d(classes, part.labels)
+        if len(missing):
+            raise BadInput(_too_few(full, fraction, f'class {missing[0]} is in one part only'))
+    return parts[0], parts[1]
+
+
+def _too_few(full: Split, fraction: float, reason: str) -> str:
+    smallest = np.unique(full.labels, return_counts=True)[1].min()
+    return (
+        f'{len(full)} training images, {smallest} in the smallest class, cannot be split by class '
+        f'with a fraction of {fraction} held out: {reason.rstrip(".")}. Each class must be in both '
+        'parts. Give more images, choose another fraction, or train on all with 0.'
+    )
+
+
+def _statistics(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and standard deviation per channel of images/255, both (c,) float32."""
+    # Integer sums are exact, and blocks spare the float copy of the whole training set. Images are
+    # added up first, pixels last: long contiguous rows are five times as fast as rows of c.
+    total = np.zeros(images.shape[1:], np.int64)
+    squares = np.zeros(images.shape[1:], np.int64)
+    for start in range(0, len(images), _BLOCK):
+        pixels = images[start : start + _BLOCK].astype(np.int32)
+        total += pixels.sum(axis=0)
+        squares += (pixels * pixels).sum(axis=0)
+    total, squares = total.sum(axis=(0, 1)), squares.sum(axis=(0, 1))
+    count = images.size // images.shape[-1]
+    mean = total / count
+    # The difference of two numbers below 2**16 in float64: off by 1e-11 at most.
+    std = np.sqrt(np.maximum(squares / count - mean * mean, 0))
+    return (mean / 255).astype(np.float32), (np.maximum(std, 1) / 255).astype(np.float32)
+
+
+def _digits(validation_fraction: float, split_seed: int) -> Dataset:
+    """The 1,797 handwritten 8×8 digits embedded in scikit-learn, as 32×32×3.
+
+    Source: Alpaydin and Kaynak, "Optical recognition of handwritten digits", UCI repository, 1998.
+    A fixed, stratified fifth of them is the test set, whatever `split_seed` is.
+    """
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    grey = np.rint(_resize(digits.images * (255 / 16), 32)).astype(np.uint8)
+    full = Split(np.repeat(grey[..., None], 3, axis=-1), digits.target.astype(np.int32))
+    train, test = _split(full, _DIGITS_TEST_FRACTION, _DIGITS_TEST_SEED)
+    return from_arrays(
+        'digits',
+        [str(digit) for digit in range(10)],
+        train.images,
+        train.labels,
+        test.images,
+        test.labels,
+        validation_fraction=validation_fraction,
+        split_seed=split_seed,
+        flip=False,
+    )
+
+
+def _resize(images: np.ndarray, size: int) -> np.ndarray:
+    """Bilinear enlargement of (n, s, s) float images to (n, size, size).
+
+    Pixel centres lie at half-integers; beyond the outermost centres the edge value goes on.
+    """
+    old = images.shape[1]
+    centre = np.clip((np.arange(size) + 0.5) * old / size - 0.5, 0, old - 1)
+    weights = np.maximum(0, 1 - np.abs(centre[:, None] - np.arange(old)))
+    return np.einsum('yi,nij,xj->nyx', weights, images, weights, optimize=True)
+
+
+def _named_directory(data_dir: str | os.PathLike | None) -> pathlib.Path | None:
+    named = data_dir or os.environ.get('TFDS_DATA_DIR')
+    return pathlib.Path(named).expanduser() if named else None
+
+
+def _default_directory() -> pathlib.Path:
+    return pathlib.Path.home() / 'tensorflow_datasets'
+
+
+def _prepared_directory(name: str, data_dir: str | os.PathLike | None) -> pathlib.Path:
+    """The directory of the newest prepared version of `name`, downloaded where it must be.
+
+    Raises `BadInput` for a named directory without the data set, else `_Unavailable`.
+    """
+    named = _named_directory(data_dir)
+    root = named or _default_directory()
+    if found := _newest_version(root / name):
+        return found
+    if named:
+        source = 'dataset.data_dir' if data_dir else 'the environment variable TFDS_DATA_DIR'
+        state = 'is not a directory' if not root.is_dir() else f'has no {name} prepared by TFDS'
+        raise BadInput(
+            f'{root}, named by {source}, {state}: no {root / name}/VERSION/dataset_info.json was '
+            f'found. Name the directory that holds {name}/, or leave both dataset.data_dir and '
+            f'TFDS_DATA_DIR empty to look in {_default_directory()} and else download.'
+        )
+    _download(name, root)
+    if found := _newest_version(root / name):
+        return found
+    raise _Unavailable(f'the download ended without a prepared data set in {root / name}')
+
+
+def _newest_version(directory: pathlib.Path) -> pathlib.Path | None:
+    """The subdirectory of `directory` with the highest version number that TFDS prepared."""
+    versions = {}
+    for info in directory.glob('*/dataset_info.json'):
+        numbers = info.parent.name.split('.')
+        # TFDS prepares in a directory called incomplete.…, which is no version.
+        if all(number.isdecimal() for number in numbers):
+            versions[tuple(map(int, numbers))] = info.parent
+    return versions[max(versions)] if versions else None
+
+
+def _download(name: str, root: pathlib.Path) -> None:
+    """Lets TFDS download and prepare `name` in `root`; raises `_Unavailable` where it cannot."""
+    if importlib.util.find_spec('tensorflow_datasets') is None:
+        raise _Unavailable(f'there is none in {root}, and tensorflow_datasets is not installed')
+    problem = _probe(_DOWNLOADS[name], _PROBE_SECONDS)
+    if problem:
+        raise _Unavailable(f'there is none in {root}, and {_DOWNLOADS[name]} {problem}')
+    tfds = _import_tfds()
+    # CIFAR comes from its own host; TFDS's bucket would be one more connection that may hang.
+    config = tfds.download.DownloadConfig(try_download_gcs=False)
+    try:
+        builder = tfds.builder(name, data_dir=str(root))
+        builder.download_and_prepare(download_config=config)
+    except Exception as error:  # Network, disk, checksum, TFDS: for the user all the same.
+        reason = f'there is none in {root}, and its download failed ({_text(error)})'
+        raise _Unavailable(reason) from error
+
+
+def _probe(url: str, seconds: float) -> str | None:
+    """None if a gzip file begins to arrive from `url` within `seconds`, else what is wrong.
+
+    The attempt runs in a thread that is left behind: neither a hanging look-up of the host's name
+    nor a server that sends a byte now and then can be bounded by a socket's timeout.
+    """
+    outcome = []
+
+    def attempt():
+        try:
+            # What TFDS downloads with, so that proxies and certificates are treated alike.
+            import requests
+
+            with requests.get(url, stream=True, timeout=seconds) as response:
+                response.raise_for_status()
+                # The first two bytes of gzip; a proxy's page of explanation begins otherwise.
+                genuine = response.raw.read(2) == b'\x1f\x8b'
+            outcome.append(None if genuine else 'sends something else than the data set')
+        except Exception as error:  # Reported below, not lost in a thread.
+            # The innermost error says it shortest: 'Name or service not known'.
+            while error.__context__ is not None:
+                error = error.__context__
+            outcome.append(f'cannot be reached ({_text(error)})')
+
+    thread = threading.Thread(target=attempt, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    return outcome[0] if outcome else f'did not answer within {seconds:g} seconds'
+
+
+def _import_tfds():
+    try:
+        import tensorflow as tf
+        import tensorflow_datasets as tfds
+    except Exception as error:  # Besides ImportError: versions of protobuf that do not fit.
+        raise _Unavailable(
+            'tensorflow and tensorflow_datasets, which read it, cannot be imported '
+            f'({_text(error)}); install them'
+        ) from error
+    try:
+        # TensorFlow only decodes files here; by default it would take all the GPU's memory.
+        tf.config.set_visible_devices([], 'GPU')
+    except RuntimeError:
+        pass  # The user's program started TensorFlow before, and decided this itself.
+    return tfds
+
+
+def _read_prepared(name: str, directory: pathlib.Path):
+    """(class names, (train images, labels), (test images, labels)) of a prepared directory."""
+    tfds = _import_tfds()
+    try:
+        # Without its file of names, TFDS would call the classes '0', '1', … and say nothing.
+        for file in ('features.json', 'label.labels.txt'):
+            if not (directory / file).is_file():
+                raise ValueError(f'{file} is missing')
+        builder = tfds.builder_from_directory(str(directory))
+        class_names = tuple(builder.info.features['label'].names)
+        if len(class_names) != _NUM_CLASSES[name]:
+            raise ValueError(f'{len(class_names)} class names for {_NUM_CLASSES[name]} classes')
+        train = _read_split(tfds, builder, 'train')
+        test = _read_split(tfds, builder, 'test')
+    except MemoryError:
+        raise
+    except Exception as error:  # Whatever goes wrong while reading is the directory's fault.
+        raise BadInput(
+            f'The prepared data set in {directory} is truncated or corrupt: {_text(error)}. '
+            f'Delete {directory} and prepare {name} again with TFDS, or restore it from a copy.'
+        ) from error
+    return class_names, train, test
+
+
+def _read_split(tfds, builder, split: str) -> tuple[np.ndarray, np.ndarray]:
+    """All images and labels of a split, in the order of its files."""
+    info = builder.info
+    files = ', '.join(sorted(info.splits[split].filenames))
+    count = info.splits[split].num_examples
+    # Filled block by block: batches joined at the end would need twice the memory.
+    images = np.empty((count, *info.features['image'].shape), np.uint8)
+    labels = np.empty(count, np.int32)
+    done = 0
+    examples = builder.as_dataset(
+        split=split,
+        shuffle_files=False,
+        decoders=tfds.decode.PartialDecoding({'image': True, 'label': True}),
+        # One file after the other: by default TFDS takes 16 examples of each in turn.
+        read_config=tfds.ReadConfig(try_autocache=False, interleave_cycle_length=1),
+    )
+    try:
+        for block in examples.batch(_BLOCK).as_numpy_iterator():
+            stop = done + len(block['label'])
+            images[done:stop] = block['image']
+            labels[done:stop] = block['label']
+            done = stop
+    except Exception as error:
+        raise ValueError(f'{files}: {_text(error)}') from error
+    if done != count:
+        raise ValueError(f'{files}: {done} examples, where dataset_info.json says {count}')
+    return images, labels
+
+
+def _text(error: Exception) -> str:
+    """Kind and text of an error in one line of bounded length."""
+    return textwrap.shorten(f'{type(error).__name__}: {error}', 300, placeholder=' …')
+
+
+def _missing(name: str, reason: object) -> str:
+    return (
+        f'The data set {name} cannot be had: {reason}. To use a copy that TFDS prepared, name the '
+        f'directory that holds {name}/: --config.dataset.data_dir=DIR, or TFDS_DATA_DIR=DIR in the '
+        'environment.'
+    )
+
+
+def _notice(sentence: str) -> str:
+    paragraphs = (
+        sentence,
+        'THIS RUN GOES ON WITH OTHER DATA: the 1,797 handwritten digits embedded in scikit-learn. '
+        "Its results are labelled 'digits' and say nothing about the data set that is missing.",
+        'To stop here instead, give --config.dataset.fallback=none.',
+    )
+    line = '=' * 100
+    # Paths and URLs stay whole, so that they can be copied.
+    filled = [
+        textwrap.fill(text, 100, break_long_words=False, break_on_hyphens=False)
+        for text in paragraphs
+    ]
+    body = '\n\n'.join(['NOTICE: DATA SET MISSING', *filled])
+    return f'\n{line}\n{body}\n{line}\n'

@@ -1,0 +1,60 @@
+"""Which machine, which versions: what a published number must stand beside."""
+
+import importlib.metadata
+import os
+import pathlib
+import platform
+import subprocess
+
+import jax
+
+
+def device() -> str:
+    """The devices in words, such as '1 × cpu (AMD EPYC, 2 cores)'."""
+    devices = jax.devices()
+    words = f'{len(devices)} × {devices[0].device_kind}'
+    if devices[0].platform != 'cpu':
+        return words
+    return f'{words} ({_processor()}, {os.cpu_count()} cores)'
+
+
+def _processor() -> str:
+    try:
+        for line in pathlib.Path('/proc/cpuinfo').read_text().splitlines():
+            if line.startswith('model name'):
+                return line.split(':', 1)[1].strip()
+    except OSError:
+        pass  # Not Linux.
+    return platform.processor() or platform.machine()
+
+
+def versions() -> dict[str, str | None]:
+    """Versions of Python, JAX, jaxlib, Flax and the project, and the project's git commit.
+
+    `git_commit` ends in '+changes' where tracked files differ from the commit, and is None where
+    the package does not run from a git checkout.
+    """
+    from performer_vit import __version__
+
+    return {
+        'python': platform.python_version(),
+        **{name: importlib.metadata.version(name) for name in ('jax', 'jaxlib', 'flax')},
+        'performer_vit': __version__,
+        'git_commit': _git_commit(),
+    }
+
+
+def _git_commit() -> str | None:
+    root = pathlib.Path(__file__).parent.parent
+    if not (root / '.git').exists():
+        return None
+
+    def git(*words: str) -> str:
+        command = ['git', '-C', str(root), *words]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        changes = git('status', '--porcelain', '--untracked-files=no')
+        return git('rev-parse', 'HEAD') + ('+changes' if changes else '')
+    except (OSError, subprocess.CalledProcessError):
+        return None

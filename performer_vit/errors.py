@@ -1,0 +1,16 @@
+"""The one error that a user's input can raise."""
+
+
+class BadInput(ValueError):
+    """The user's input cannot be honoured.
+
+    The message says what was given, what is allowed and what to do. `run.py` prints it without a
+    traceback; library users may catch it as the `ValueError` that it is.
+    """
+
+
+def choose(what: str, given: object, allowed) -> None:
+    """Raises `BadInput` unless `given` is one of the names `allowed` for the field `what`."""
+    if given not in tuple(allowed):
+        names = ', '.join(repr(name) for name in allowed)
+        raise BadInput(f'{what} is {given!r}; allowed are {names}. Choose one of these names.')

@@ -1,0 +1,473 @@
+"""From predictions to numbers: metrics, the final report, the summary table, `--mode=evaluate`.
+
+The metrics are NumPy and scikit-learn on predictions that a model has already made. Losses are in
+nats, accuracies are fractions from 0 to 1; only printed text turns them into percent.
+"""
+
+import io
+import math
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from flax import jax_utils
+from ml_collections import ConfigDict
+from sklearn.metrics import classification_report
+
+from performer_vit import (
+    checkpoints,
+    datasets,
+    environment,
+    figures,
+    optimizers,
+    predict,
+    progress,
+    vit,
+)
+from performer_vit import workdir as run_directory
+from performer_vit.errors import BadInput
+
+CALIBRATION_BINS = 15
+
+
+def confusion_matrix(labels: np.ndarray, predictions: np.ndarray, num_classes: int) -> np.ndarray:
+    """Counts how often each class was taken for each other: `[i, j]` of true class i, predicted j.
+
+    Args:
+        labels: true classes, (n,) integers in 0..K-1.
+        predictions: predicted classes, (n,) integers in 0..K-1.
+        num_classes: K.
+
+    Returns:
+        (K, K) int64; rows are true classes, columns predictions, the sum is n.
+
+    Raises:
+        BadInput: if the shapes differ, or a class lies outside 0..K-1.
+    """
+    labels = _classes('labels', labels, num_classes)
+    predictions = _classes('predictions', predictions, num_classes)
+    if labels.shape != predictions.shape:
+        raise BadInput(
+            f'labels have shape {labels.shape} and predictions {predictions.shape}; they must be '
+            'equal. Pass one prediction an image.'
+        )
+    counts = np.bincount(labels * num_classes + predictions, minlength=num_classes**2)
+    return counts.reshape(num_classes, num_classes).astype(np.int64)
+
+
+def per_class_accuracy(confusion: np.ndarray) -> np.ndarray:
+    """The share of each true class that was recognised (its recall).
+
+    Args:
+        confusion: (K, K) counts, rows true, as `confusion_matrix` returns.
+
+    Returns:
+        (K,) float64 in 0..1, NaN for a class without images.
+    """
+    images = confusion.sum(axis=1)
+    return np.where(images > 0, confusion.diagonal() / np.maximum(images, 1), np.nan)
+
+
+def accuracy(labels: np.ndarray, probabilities: np.ndarray) -> float:
+    """The share of images whose most probable class is the true one.
+
+    Args:
+        labels: true classes, (n,) integers in 0..K-1.
+        probabilities: (n, K), or anything that orders the classes alike, such as their logarithms.
+            Of equal ones the first wins.
+
+    Returns:
+        A fraction, 0..1.
+
+    Raises:
+        BadInput: if the shapes do not fit, or a label lies outside 0..K-1.
+    """
+    labels, probabilities = _pair(labels, probabilities)
+    return float(np.mean(probabilities.argmax(axis=1) == labels))
+
+
+def negative_log_likelihood(labels: np.ndarray, log_probabilities: np.ndarray) -> float:
+    """The mean of -log p(true class) over the images, in nats: the cross-entropy loss.
+
+    Args:
+        labels: true classes, (n,) integers in 0..K-1.
+        log_probabilities: natural logarithms, (n, K).
+
+    Returns:
+        Nats an image; summed in float64 whatever the input's type.
+
+    Raises:
+        BadInput: if the shapes do not fit, or a label lies outside 0..K-1.
+    """
+    labels, log_probabilities = _pair(labels, log_probabilities)
+    chosen = log_probabilities[np.arange(labels.size), labels]
+    return float(-chosen.mean(dtype=np.float64))
+
+
+def top_k_accuracy(labels: np.ndarray, probabilities: np.ndarray, k: int) -> float:
+    """The share of images whose true class is among the k most probable ones.
+
+    Args:
+        labels: true classes, (n,) integers in 0..K-1.
+        probabilities: (n, K), or anything that orders the classes alike. Of equal ones the first
+            wins, as in `accuracy`, which is this with k = 1.
+        k: how many guesses each image has, at least 1.
+
+    Returns:
+        A fraction, 0..1.
+
+    Raises:
+        BadInput: if the shapes do not fit, or a label lies outside 0..K-1.
+    """
+    labels, probabilities = _pair(labels, probabilities)
+    best = np.argsort(-probabilities, axis=1, kind='stable')[:, :k]
+    return float(np.mean((best == labels[:, None]).any(axis=1)))
+
+
+def expected_calibration_error(labels: np.ndarray, log_probabilities: np.ndarray) -> float:
+    """How far confidence is from accuracy, on average.
+
+    The confidence of an image is its highest probability. The images are put in 15 bins of equal
+    width, bin b holding the confidences in ((b-1)/15, b/15], and
+
+        ECE = sum_b |B_b| / n * |accuracy(B_b) - mean confidence(B_b)|
+
+    (Guo et al. 2017, "On Calibration of Modern Neural Networks", arXiv 1706.04599, eq. 3).
+
+    Args:
+        labels: true classes, (n,) integers in 0..K-1.
+        log_probabilities: natural logarithms, (n, K).
+
+    Returns:
+        A fraction, 0 (calibrated) to 1.
+
+    Raises:
+        BadInput: if the shapes do not fit, or a label lies outside 0..K-1.
+    """
+    labels, log_probabilities = _pair(labels, log_probabilities)
+    confidence = np.exp(log_probabilities.max(axis=1).astype(np.float64))
+    right = log_probabilities.argmax(axis=1) == labels
+    # Rounding can leave exp(log p) a hair above 1, which belongs to the last bin.
+    bins = np.clip(np.ceil(confidence * CALIBRATION_BINS).astype(int) - 1, 0, CALIBRATION_BINS - 1)
+    # |B_b| cancels: what remains a bin is the sum of (right - confidence).
+    gaps = np.bincount(bins, weights=right - confidence, minlength=CALIBRATION_BINS)
+    return float(np.abs(gaps).sum() / labels.size)
+
+
+def report(labels: np.ndarray, log_probabilities: np.ndarray, class_names: Sequence[str]) -> dict:
+    """Everything that is said about a model's predictions, ready for JSON.
+
+    Args:
+        labels: true classes, (n,) integers in 0..K-1.
+        log_probabilities: natural logarithms that sum to 1 as probabilities, (n, K) float32.
+        class_names: the K names, all different.
+
+    Returns:
+        A dict of plain Python values:
+        `num_images` (n), `accuracy`, `loss` (mean negative log-likelihood, nats),
+        `top5_accuracy` (only where K > 5, since below that it is always 1),
+        `expected_calibration_error` (15 bins), `per_class` (name -> accuracy, None for a class
+        without images), `confusion` (K lists of K counts, rows true), and scikit-learn's
+        `classification_report` (dict) and `classification_report_text`.
+
+    Raises:
+        BadInput: if shapes, labels or names do not fit together, or if the log-probabilities are
+            not finite or not normalised (logits, say).
+    """
+    labels, log_probabilities = _pair(labels, log_probabilities)
+    num_classes = log_probabilities.shape[1]
+    names = [str(name) for name in class_names]
+    if len(names) != num_classes or len(set(names)) != num_classes:
+        raise BadInput(
+            f'class_names has {len(names)} names, {len(set(names))} of them different; the '
+            f'log_probabilities have {num_classes} columns. Give one name of its own to each class.'
+        )
+    _check_normalised(log_probabilities)
+
+    predictions = log_probabilities.argmax(axis=1)
+    confusion = confusion_matrix(labels, predictions, num_classes)
+    scikit_learn = {
+        'labels': np.arange(num_classes),
+        'target_names': names,
+        'digits': 4,
+        # A class that was never predicted has precision 0 here, without a warning.
+        'zero_division': 0,
+    }
+    result = {
+        'num_images': int(labels.size),
+        'accuracy': accuracy(labels, log_probabilities),
+        'loss': negative_log_likelihood(labels, log_probabilities),
+        'expected_calibration_error': expected_calibration_error(labels, log_probabilities),
+        'per_class': dict(zip(names, per_class_accuracy(confusion), strict=True)),
+        'confusion': confusion,
+        'classification_report': classification_report(
+            labels, predictions, output_dict=True, **scikit_learn
+        ),
+        'classification_report_text': classification_report(labels, predictions, **scikit_learn),
+    }
+    if num_classes > 5:
+        result['top5_accuracy'] = top_k_accuracy(labels, log_probabilities, 5)
+    return _plain(result)
+
+
+def summary_table(results: dict) -> str:
+    """The table that closes a run: the fields of results.json as two aligned columns.
+
+    Args:
+        results: the content of results.json. A field that is missing or None reads '-': nothing
+            stands in the table that was not measured.
+
+    Returns:
+        Lines of text with units, thousands separators and percent with two decimals; no newline
+        at the end.
+    """
+    kernel = results.get('kernel')
+    rows = [
+        ('data set', results.get('dataset')),
+        ('model', None if kernel is None else figures.model_name(kernel)),
+        ('kernel', kernel),
+        ('random features', _count(results.get('num_features'))),
+        ('projection', results.get('projection')),
+        ('parameters', _count(results.get('num_params'))),
+        ('tokens', _count(results.get('num_tokens'))),
+        ('epochs', _count(results.get('epochs'))),
+        ('tested epoch', _count(results.get('tested_epoch'))),
+        ('training', _seconds(results.get('train_seconds_per_epoch'), ' s/epoch (median)')),
+        ('compilation', _seconds(results.get('compile_seconds'))),
+        ('inference', _seconds(results.get('inference_seconds'), ' s (whole test split, warm)')),
+        ('throughput', _format(results.get('images_per_second'), '{:,.1f} images/s (training)')),
+        ('validation accuracy', _percent(results.get('validation_accuracy'))),
+        ('test accuracy', _percent(results.get('test_accuracy'))),
+        ('test loss', _format(results.get('test_loss'), '{:.4f} nats')),
+        ('seed', results.get('seed')),
+        ('device', results.get('device')),
+        *(results.get('versions') or {}).items(),
+    ]
+    width = max(len(name) for name, _ in rows)
+    return '\n'.join(f'{name:<{width}}  {"-" if value is None else value}' for name, value in rows)
+
+
+def write_report(
+    workdir: str | os.PathLike,
+    results: dict,
+    log_probabilities: np.ndarray,
+    labels: np.ndarray,
+    class_names: Sequence[str],
+) -> tuple[dict, dict[str, np.ndarray]]:
+    """Writes all that is known about a finished run into its workdir.
+
+    The files: `classification_report.txt`, `test_predictions.npz` (`labels` (n,) int32 and
+    `log_probabilities` (n, K) float32), `figures/*.png` (with learning curves if `history.csv` is
+    there), and last `results.json`. Each file appears whole or not at all.
+
+    Args:
+        workdir: the run's directory; made if it does not exist.
+        results: what is known of the run; `kernel` and `dataset` are needed, for the titles.
+        log_probabilities: natural logarithms of the test split's predictions, (n, K).
+        labels: its true classes, (n,).
+        class_names: the K names.
+
+    Returns:
+        The content of results.json, which is `results` with the predictions' own `test_accuracy`,
+        `test_loss` (nats) and `class_names`; and, for TensorBoard, (height, 800, 3) uint8 images by
+        name: `test/confusion_matrix`.
+
+    Raises:
+        BadInput: as `report`, or if the kernel is unknown, before anything is written.
+    """
+    made = report(labels, log_probabilities, class_names)
+    results = {
+        **_plain(results),
+        'test_accuracy': made['accuracy'],
+        'test_loss': made['loss'],
+        'class_names': list(made['per_class']),
+    }
+    lines = [
+        f'{figures.run_title(results)}: {made["num_images"]:,} test images',
+        '',
+        f'accuracy                    {_percent(made["accuracy"])}',
+        f'top-5 accuracy              {_percent(made["top5_accuracy"])}'
+        if 'top5_accuracy' in made
+        else None,
+        f'loss                        {made["loss"]:.4f} nats',
+        f'expected calibration error  {_percent(made["expected_calibration_error"])}',
+        '',
+        made['classification_report_text'].rstrip('\n'),
+    ]
+    text = '\n'.join(line for line in lines if line is not None) + '\n'
+    arrays = io.BytesIO()
+    np.savez_compressed(
+        arrays,
+        labels=np.asarray(labels, np.int32),
+        log_probabilities=np.asarray(log_probabilities, np.float32),
+    )
+
+    workdir = Path(workdir)
+    workdir.mkdir(parents=True, exist_ok=True)
+    run_directory.write_text(workdir / 'classification_report.txt', text)
+    temporary = workdir / 'test_predictions.npz.tmp'
+    temporary.write_bytes(arrays.getvalue())
+    os.replace(temporary, workdir / 'test_predictions.npz')
+    history = figures.read_history(workdir)
+    drawn = figures.draw(results, history, np.asarray(log_probabilities), np.asarray(labels))
+    figures.save_all(drawn, workdir)
+    # Last, since results.json marks a run as finished: a run that was killed above reports again.
+    run_directory.write_json(workdir / 'results.json', results)
+    return results, {'test/confusion_matrix': figures.to_array(drawn['confusion_matrix'])}
+
+
+def describe(config, dataset: datasets.Dataset, model, num_params: int) -> dict:
+    """What results.json says of a run before anything is measured.
+
+    Fields of the config that the kernel does not use are None: they describe nothing.
+
+    Args:
+        config: the config of the run.
+        dataset: what was really read.
+        model: its `vit.VisionTransformer`.
+        num_params: trained parameters of the model.
+    """
+    attention = config.model.attention
+    projected = attention.kernel not in ('exact', 'ftheta', 'ftheta_mixture')
+    return {
+        'dataset': dataset.name,
+        'kernel': attention.kernel,
+        'num_features': None if attention.kernel == 'exact' else attention.num_features,
+        'projection': attention.projection if projected else None,
+        'num_params': num_params,
+        'num_tokens': vit.num_tokens(model, dataset.image_shape),
+        'train_images': len(dataset.train),
+        'batch_size': config.batch_size,
+        'seed': config.seed,
+        'device': environment.device(),
+        'versions': environment.versions(),
+    }
+
+
+def evaluate_run(workdir: str | os.PathLike) -> dict:
+    """Tests the checkpoint of a finished run again, and writes its report and figures anew.
+
+    What training measured stays as it is in results.json; the test's accuracy, loss and time, and
+    the machine and versions, are those of this evaluation.
+
+    Args:
+        workdir: of a run that `train.train` finished.
+
+    Returns:
+        The content of results.json.
+
+    Raises:
+        BadInput: the workdir holds no finished run, or its data set or checkpoint is not there.
+    """
+    workdir = Path(workdir).absolute()
+    values = run_directory.read_json(workdir / 'config.json')
+    results = run_directory.read_json(workdir / 'results.json')
+    name = values.pop('dataset_read')
+    config = ConfigDict(values)
+    with config.unlocked():
+        # The data that the run was trained on, or none.
+        config.dataset.update(name=name, fallback='none')
+    dataset = datasets.load(**config.dataset)
+    model = vit.from_config(config.model, dataset.num_classes, config.seed)
+    tx = optimizers.create(config.optimizer, lambda step: 0.0)
+    template = checkpoints.create_state(
+        model, tx, dataset.image_shape, config.seed, ema=config.ema_decay > 0
+    )
+    saved = checkpoints.manager(workdir / 'checkpoints', config.checkpoint.keep)
+    step = results['tested_step']
+    if step not in saved.all_steps():
+        raise BadInput(
+            f'{workdir} has no checkpoint of step {step}, which the run had tested: restore it, or '
+            'train again in another --workdir.'
+        )
+    state, _ = checkpoints.restore(saved, template, step)
+    saved.close()
+    state = jax_utils.replicate(state, axis_name='batch')
+    forward = predict.compile_forward(model, dataset, state, config.batch_size)
+    log_probabilities, seconds = predict.timed(forward, state, dataset.test)
+    results.update(
+        inference_seconds=seconds, device=environment.device(), versions=environment.versions()
+    )
+    results, _ = write_report(
+        workdir, results, log_probabilities, dataset.test.labels, dataset.class_names
+    )
+    progress.say(name, summary_table(results))
+    return results
+
+
+def _plain(value):
+    """`value` in the types that JSON knows."""
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, np.ndarray | np.generic):
+        return _plain(value.tolist())
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+def _classes(what: str, classes: np.ndarray, num_classes: int) -> np.ndarray:
+    """`classes` as a checked (n,) int64 array."""
+    classes = np.asarray(classes)
+    if classes.ndim != 1 or classes.size == 0 or not np.issubdtype(classes.dtype, np.integer):
+        raise BadInput(
+            f'{what} have shape {classes.shape} and type {classes.dtype}; allowed is a vector of '
+            'integers, not empty. Pass the number of the class of each image.'
+        )
+    low, high = int(classes.min()), int(classes.max())
+    if low < 0 or high >= num_classes:
+        raise BadInput(
+            f'{what} lie in {low}..{high}; allowed are 0..{num_classes - 1}. '
+            'Number the classes from 0 and check that the data and the model have the same ones.'
+        )
+    return classes.astype(np.int64)
+
+
+def _pair(labels: np.ndarray, scores: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Labels (n,) and scores (n, K), checked against one another."""
+    scores = np.asarray(scores)
+    if scores.ndim != 2 or len(scores) != len(labels):
+        raise BadInput(
+            f'labels have shape {np.shape(labels)} and the predictions {scores.shape}; allowed are '
+            '(n,) and (n, classes). Pass one row of predictions an image.'
+        )
+    return _classes('labels', labels, scores.shape[1]), scores
+
+
+def _check_normalised(log_probabilities: np.ndarray) -> None:
+    if not np.isfinite(log_probabilities).all():
+        bad = int((~np.isfinite(log_probabilities)).any(axis=1).sum())
+        raise BadInput(
+            f'log_probabilities of {bad:,} of {len(log_probabilities):,} images hold NaN or '
+            'infinity; allowed are finite numbers. The model has probably diverged: train it with '
+            'a lower learning rate.'
+        )
+    with np.errstate(over='ignore'):
+        sums = np.exp(log_probabilities.astype(np.float64)).sum(axis=1)
+    # Wide enough for log-probabilities that were computed in bfloat16.
+    if np.abs(sums - 1).max() > 0.05:
+        worst = sums[np.abs(sums - 1).argmax()]
+        raise BadInput(
+            f'the probabilities of an image sum to {worst:.4g}; allowed is 1. Pass the log_softmax '
+            'of the logits, not logits or probabilities.'
+        )
+
+
+def _format(value, pattern: str) -> str | None:
+    return None if value is None else pattern.format(value)
+
+
+def _count(value) -> str | None:
+    return _format(value, '{:,}')
+
+
+def _percent(value) -> str | None:
+    return None if value is None else f'{100 * value:.2f} %'
+
+
+def _seconds(value, unit: str = ' s') -> str | None:
+    # Two decimals would make a zero of a millisecond.
+    return _format(value, ('{:,.2f}' if value is None or value >= 1 else '{:.3g}') + unit)

@@ -1,0 +1,515 @@
+"""Every figure of the project, drawn from saved numbers alone.
+
+A figure is 800 pixels wide, the width of a README, and is saved at twice that resolution. Colours
+are those of Okabe and Ito (2008, "Color Universal Design", https://jfly.uni-koeln.de/color), which
+people with any colour vision tell apart: a model has the same one in every figure, and what differs
+within a model (training and validation, right and wrong) differs in line, marker or hatching.
+
+Figures are built as `Figure` objects on the Agg canvas, so that drawing needs no display and leaves
+no global state behind.
+"""
+
+import math
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import PowerNorm
+from matplotlib.figure import Figure
+from matplotlib.patheffects import withStroke
+from matplotlib.ticker import MaxNLocator
+from sklearn.metrics import confusion_matrix
+
+from performer_vit import workdir as run_directory
+from performer_vit.errors import BadInput, choose
+
+MODEL_COLOURS = {
+    'exact': '#000000',
+    'relu': '#0072B2',
+    'gelu': '#E69F00',
+    'softmax': '#D55E00',
+    'elu': '#009E73',
+    'ftheta': '#CC79A7',
+    'ftheta_mixture': '#56B4E9',
+}
+MODEL_NAMES = {
+    'exact': 'ViT',
+    'relu': 'Performer-ReLU',
+    'gelu': 'Performer-GELU',
+    'softmax': 'Performer-EXP',
+    'elu': 'Performer-ELU',
+    'ftheta': 'Performer-fθ',
+    'ftheta_mixture': 'Performer-fθ-mixture',
+}
+# For figures of no model in particular: a grey that no model has.
+NEUTRAL = '#595959'
+
+DATASET_NAMES = {'cifar10': 'CIFAR-10', 'cifar100': 'CIFAR-100'}
+
+PIXELS_AN_INCH = 100  # 8 inches are the width of a README
+LONGEST_NAME = 20
+MOST_ANNOTATED = 12  # classes whose confusions fit into the cells as numbers
+MOST_NAMED = 30  # classes whose names fit along the axes of a confusion matrix
+ROWS_A_COLUMN = 50  # bars of one column of the per-class figure
+MOST_CONFUSED = 12  # pairs named beside a confusion matrix without names
+
+
+def model_name(kernel: str) -> str:
+    """The name of the model with this attention kernel, such as 'Performer-ReLU' for 'relu'.
+
+    Raises:
+        BadInput: if the kernel is unknown.
+    """
+    choose('kernel', kernel, MODEL_NAMES)
+    return MODEL_NAMES[kernel]
+
+
+def learning_curves(history: Sequence[dict], title: str, *, colour: str = NEUTRAL) -> Figure:
+    """Loss (nats) and accuracy (%) of training and validation against the epoch.
+
+    Args:
+        history: the rows of history.csv, as numbers or as text: `epoch`, `train_loss`,
+            `train_accuracy` and, where there is a validation split, `validation_loss` and
+            `validation_accuracy`. Accuracies are fractions. A value that is missing, None, '' or
+            NaN leaves a gap.
+        title: what the figure is about, the model and the data set.
+        colour: the model's, from `MODEL_COLOURS`.
+
+    Raises:
+        BadInput: if there is no row.
+    """
+    if not history:
+        raise BadInput('the history has no rows; a learning curve needs at least one epoch.')
+    figure = _figure(title, height=3.7)
+    epochs = [int(row['epoch']) for row in history]
+    marks = len(epochs) <= 30  # beyond, markers run into one another
+    panels = (
+        ('loss', 1, 'loss (nats)'),
+        ('accuracy', 100, 'accuracy (%)'),
+    )
+    for axes, (quantity, unit, label) in zip(figure.subplots(1, 2), panels, strict=True):
+        for split, line, marker in (('train', '--', 'o'), ('validation', '-', 's')):
+            values = [unit * _number(row.get(f'{split}_{quantity}')) for row in history]
+            if all(map(math.isnan, values)):
+                continue
+            axes.plot(
+                epochs,
+                values,
+                line,
+                color=colour,
+                marker=marker if marks else None,
+                markersize=5,
+                # Hollow for training: told apart even where both lines are one point.
+                markerfacecolor='white' if split == 'train' else colour,
+                linewidth=1.8,
+                label='training' if split == 'train' else 'validation',
+            )
+        axes.set_xlabel('epoch')
+        axes.set_ylabel(label)
+        axes.set_xlim(min(epochs) - 0.5, max(epochs) + 0.5)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8, min_n_ticks=1))
+        axes.legend(frameon=False, fontsize=10)
+        _tidy(axes)
+    return figure
+
+
+def confusion(
+    matrix: np.ndarray,
+    class_names: Sequence[str],
+    title: str,
+) -> Figure:
+    """The confusion matrix, each row as shares of its true class (%).
+
+    The colour scale goes with the square root of the share, so that rare confusions can be seen
+    beside the diagonal. Up to 12 classes the cells hold their numbers, up to 30 the axes hold the
+    names. Beyond, names would not be legible: the axes count classes and a second panel names the
+    most frequent confusions.
+
+    Args:
+        matrix: (K, K) counts, rows true classes, columns predicted ones.
+        class_names: the K names.
+        title: what the figure is about, the model and the data set.
+
+    Raises:
+        BadInput: if the matrix is not (K, K).
+    """
+    matrix = np.asarray(matrix)
+    names = [_short(name) for name in class_names]
+    count = len(names)
+    if matrix.shape != (count, count):
+        raise BadInput(
+            f'the confusion matrix has shape {matrix.shape} and there are {count} class names; '
+            'allowed is one row and one column a name. Pass the names of the same classes.'
+        )
+    share = 100 * matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
+
+    named = count <= MOST_NAMED
+    figure = _figure(title, height=6.6 if named else 10)
+    if named:
+        axes = figure.subplots()
+    else:
+        axes, ranking = figure.subplots(2, 1, height_ratios=(2.1, 1))
+        _most_confused(ranking, share, names)
+    image = axes.imshow(share, cmap='Blues', norm=PowerNorm(0.5, 0, 100), interpolation='nearest')
+    bar = figure.colorbar(image, ax=axes, ticks=(0, 1, 5, 10, 25, 50, 75, 100), shrink=0.9)
+    bar.set_label('share of the true class (%)', fontsize=11)
+    bar.outline.set_visible(False)
+    axes.set_title(f'confusion matrix, {matrix.sum():,} images', fontsize=11)
+    if named:
+        size = 10 if count <= 20 else 8
+        axes.set_xticks(
+            range(count), names, rotation=45, ha='right', rotation_mode='anchor', parse_math=False
+        )
+        axes.set_yticks(range(count), names, parse_math=False)
+        axes.tick_params(labelsize=size, length=0)
+        axes.set_xlabel('predicted class', fontsize=11)
+        axes.set_ylabel('true class', fontsize=11)
+    else:
+        axes.set_xlabel('predicted class (its number, from 0)', fontsize=11)
+        axes.set_ylabel('true class (its number, from 0)', fontsize=11)
+        axes.tick_params(labelsize=10)
+    if count <= MOST_ANNOTATED:
+        for row, column in np.argwhere(matrix > 0):
+            value = share[row, column]
+            axes.text(
+                column,
+                row,
+                f'{value:.0f}' if value >= 1 else '<1',
+                ha='center',
+                va='center',
+                fontsize=10,
+                color='white' if value > 35 else 'black',
+            )
+    axes.spines[:].set_visible(False)
+    return figure
+
+
+def _most_confused(axes: Axes, share: np.ndarray, names: list[str]) -> None:
+    """Bars of the largest shares off the diagonal, by the names of their classes."""
+    off = share - np.diag(share.diagonal())
+    order = np.argsort(-off, axis=None, kind='stable')[:MOST_CONFUSED]
+    pairs = [np.unravel_index(index, off.shape) for index in order]
+    values = [off[pair] for pair in pairs]
+    _bars(
+        axes,
+        [f'{names[true]} → {names[predicted]}' for true, predicted in pairs],
+        values,
+        NEUTRAL,
+        limit=1.15 * max(*values, 1),
+    )
+    axes.set_title('most frequent confusions, true → predicted', fontsize=11)
+    axes.set_xlabel('share of the true class (%)')
+
+
+def per_class(
+    accuracies: np.ndarray, class_names: Sequence[str], title: str, *, colour: str = NEUTRAL
+) -> Figure:
+    """The accuracy (%) of each class as bars, the best on top.
+
+    A dashed line marks the mean over the classes. More than 50 classes go into two columns.
+
+    Args:
+        accuracies: (K,) fractions; NaN or None for a class without images, which is left out of
+            the mean.
+        class_names: the K names.
+        title: what the figure is about, the model and the data set.
+        colour: the model's, from `MODEL_COLOURS`.
+
+    Raises:
+        BadInput: if there is not one name a class.
+    """
+    percent = 100 * np.array([_number(value) for value in accuracies])
+    names = [_short(name) for name in class_names]
+    if len(names) != len(percent):
+        raise BadInput(
+            f'there are {len(percent)} accuracies and {len(names)} class names; allowed is one '
+            'name an accuracy. Pass the names of the same classes.'
+        )
+    order = np.argsort(-percent, kind='stable')  # NaN comes last
+    columns = 1 if len(names) <= ROWS_A_COLUMN else 2
+    parts = np.array_split(order, columns)
+    known = percent[~np.isnan(percent)]
+
+    figure = _figure(title, height=1.5 + 0.17 * len(parts[0]) + (1 if columns == 1 else 0))
+    for axes, part in zip(figure.subplots(1, columns, squeeze=False)[0], parts, strict=True):
+        _bars(axes, [names[i] for i in part], percent[part], colour, limit=112)
+        axes.set_xticks(range(0, 101, 20))
+        axes.set_xlabel('test accuracy (%)')
+        if known.size:
+            _mark_mean(axes, known.mean())
+    if known.size:
+        figure.axes[0].set_title(
+            f'per-class accuracy; dashed: mean of the classes, {known.mean():.1f} %',
+            fontsize=11,
+            loc='left',
+        )
+    return figure
+
+
+def confidence_histogram(
+    log_probabilities: np.ndarray, labels: np.ndarray, title: str, *, colour: str = NEUTRAL
+) -> Figure:
+    """How confident a model is where it is right and where it is wrong.
+
+    The confidence of an image is its highest probability. Two histograms of 20 bins, right
+    predictions above and wrong ones below, each with a scale of its own since their numbers may
+    differ a hundredfold, and each with its mean.
+
+    Args:
+        log_probabilities: natural logarithms, (n, K).
+        labels: true classes, (n,).
+        title: what the figure is about, the model and the data set.
+        colour: the model's, from `MODEL_COLOURS`.
+    """
+    log_probabilities = np.asarray(log_probabilities)
+    confidence = 100 * np.exp(log_probabilities.max(axis=1).astype(np.float64)).clip(max=1)
+    right = log_probabilities.argmax(axis=1) == np.asarray(labels)
+
+    figure = _figure(title, height=5)
+    styles = (
+        ('right', right, {'facecolor': colour, 'edgecolor': 'white'}),
+        ('wrong', ~right, {'facecolor': 'white', 'edgecolor': colour, 'hatch': '////'}),
+    )
+    for axes, (what, chosen, style) in zip(figure.subplots(2, 1, sharex=True), styles, strict=True):
+        axes.hist(confidence[chosen], bins=np.linspace(0, 100, 21), linewidth=0.8, **style)
+        described = f'{what} predictions: {chosen.sum():,} of {len(labels):,} images'
+        if chosen.any():
+            mean = confidence[chosen].mean()
+            _mark_mean(axes, mean)
+            described += f'; dashed: their mean confidence, {mean:.1f} %'
+        axes.set_title(described, fontsize=11, loc='left')
+        axes.set_ylabel('images')
+        axes.set_ylim(bottom=0)
+        axes.yaxis.set_major_locator(MaxNLocator(integer=True, nbins=5, min_n_ticks=1))
+        _tidy(axes)
+    axes.set_xlim(0, 100)
+    axes.set_xlabel('confidence: probability of the predicted class (%)')
+    return figure
+
+
+def comparison(rows: Sequence[dict], title: str) -> Figure:
+    """Test accuracy (%) and training time (s/epoch) of several models, a row each.
+
+    Runs of the same kernel, projection and number of features are one model with several seeds or
+    folds: each run is a dot and the mean a bar in the accuracy panel, the label gives mean ±
+    standard deviation (of the sample, n - 1). The time is the mean over the runs.
+
+    Args:
+        rows: the contents of several results.json, in the order in which they are drawn, the first
+            on top. `kernel`, `dataset`, `test_accuracy` and `train_seconds_per_epoch` are used.
+        title: what is compared, with the data set.
+
+    Raises:
+        BadInput: if there are no rows, or they are of different data sets.
+    """
+    datasets = sorted({str(row['dataset']) for row in rows})
+    if len(datasets) != 1:
+        raise BadInput(
+            f'the runs are of these data sets: {", ".join(datasets) or "none"}; a comparison is of '
+            'one. Pass runs of the same data set.'
+        )
+    models: dict[tuple, list[dict]] = {}
+    for row in rows:
+        settings = (row['kernel'], row.get('num_features'), row.get('projection'))
+        models.setdefault(settings, []).append(row)
+    kernels = [settings[0] for settings in models]
+    names = []
+    for kernel, features, projection in models:
+        name = model_name(kernel)
+        if kernels.count(kernel) > 1:
+            name += f'\n{features} features, {projection}'
+        names.append(name)
+    colours = [MODEL_COLOURS[kernel] for kernel in kernels]
+
+    figure = _figure(title, height=1.7 + 0.5 * len(models))
+    quality, cost = figure.subplots(1, 2, sharey=True)
+    seconds = [_known(runs, 'train_seconds_per_epoch') for runs in models.values()]
+    seconds = [values.mean() if values.size else math.nan for values in seconds]
+    longest = np.nanmax([*seconds, 0])
+    # Three significant digits at the long end; short ones lose some, in proportion.
+    decimals = 2 if longest < 10 else 1 if longest < 100 else 0
+    _bars(cost, names, seconds, colours, limit=1.25 * (longest or 1), pattern=f'{{:,.{decimals}f}}')
+    cost.set_xlabel('training time (s/epoch)')
+    for position, (runs, colour) in enumerate(zip(models.values(), colours, strict=True)):
+        accuracies = 100 * _known(runs, 'test_accuracy')
+        if not accuracies.size:
+            left = ('axes fraction', 'data')
+            quality.annotate('not measured', (0.03, position), xycoords=left, va='center')
+            continue
+        mean = accuracies.mean()
+        label = f'{mean:.2f}'
+        if accuracies.size > 1:
+            quality.plot([mean, mean], [position - 0.22, position + 0.22], color=colour, lw=2.5)
+            label += f' ± {accuracies.std(ddof=1):.2f}'
+            quality.set_title('dots: runs; bar: mean ± standard deviation', fontsize=10)
+        heights = np.full(accuracies.size, position)
+        quality.plot(accuracies, heights, 'o', color=colour, markersize=7, alpha=0.8)
+        quality.annotate(
+            label,
+            (accuracies.max(), position),
+            xytext=(9, 0),
+            textcoords='offset points',
+            va='center',
+            fontsize=10,
+        )
+    # Room on the right for the label of the best model, which no automatic limit knows of.
+    low, high = quality.get_xlim()
+    quality.set_xlim(low, high + 0.55 * (high - low))
+    ticks = quality.get_xticks()
+    quality.set_xticks(ticks[(ticks >= low) & (ticks <= 100)])
+    quality.tick_params(axis='y', length=0)
+    quality.set_xlabel('test accuracy (%)')
+    _tidy(quality, grid='x')
+    return figure
+
+
+def save(figure: Figure, path: str | os.PathLike) -> None:
+    """Writes the figure as a PNG of 1600 pixels in width, whole or not at all."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + '.tmp')
+    figure.savefig(temporary, format='png', dpi=2 * PIXELS_AN_INCH)
+    os.replace(temporary, path)
+
+
+def to_array(figure: Figure) -> np.ndarray:
+    """The figure as an image, (height, 800, 3) uint8 RGB, such as TensorBoard takes."""
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return np.array(canvas.buffer_rgba())[..., :3]
+
+
+def draw(
+    results: dict, history: Sequence[dict], log_probabilities: np.ndarray, labels: np.ndarray
+) -> dict[str, Figure]:
+    """The figures of a finished run, from its numbers.
+
+    Args:
+        results: `kernel`, `dataset` and `class_names` are used.
+        history: the rows of history.csv; without any there are no learning curves.
+        log_probabilities: natural logarithms of the test split's predictions, (n, K).
+        labels: its true classes, (n,).
+
+    Returns:
+        `confusion_matrix`, `per_class_accuracy`, `confidence` and `learning_curves`, by name.
+
+    Raises:
+        BadInput: if the kernel is unknown, or the names do not fit the predictions.
+    """
+    title = run_title(results)
+    names = results['class_names']
+    colour = MODEL_COLOURS[results['kernel']]
+    matrix = confusion_matrix(labels, log_probabilities.argmax(axis=1), labels=range(len(names)))
+    images = matrix.sum(axis=1)
+    accuracies = np.where(images > 0, matrix.diagonal() / np.maximum(images, 1), np.nan)
+    drawn = {
+        'confusion_matrix': confusion(matrix, names, title),
+        'per_class_accuracy': per_class(accuracies, names, title, colour=colour),
+        'confidence': confidence_histogram(log_probabilities, labels, title, colour=colour),
+    }
+    if history:
+        drawn['learning_curves'] = learning_curves(history, title, colour=colour)
+    return drawn
+
+
+def draw_all(workdir: str | os.PathLike) -> None:
+    """Draws the figures of a finished run again, from the files in its workdir.
+
+    Reads `results.json`, `test_predictions.npz` and, if it is there, `history.csv`; writes
+    `figures/confusion_matrix.png`, `per_class_accuracy.png`, `confidence.png` and
+    `learning_curves.png`.
+
+    Raises:
+        BadInput: if the results or the predictions are missing, or as `draw`.
+    """
+    workdir = Path(workdir)
+    results = run_directory.read_json(workdir / 'results.json')
+    predictions = workdir / 'test_predictions.npz'
+    if not predictions.is_file():
+        raise BadInput(
+            f'{predictions} does not exist; figures are drawn from the predictions of a finished '
+            'run. Give the --workdir of a run that has reached its final test.'
+        )
+    with np.load(predictions) as saved:
+        labels, log_probabilities = saved['labels'], saved['log_probabilities']
+    save_all(draw(results, read_history(workdir), log_probabilities, labels), workdir)
+
+
+def read_history(workdir: str | os.PathLike) -> list[dict]:
+    """The rows of a workdir's history.csv; none where there is no such file."""
+    path = Path(workdir) / 'history.csv'
+    return run_directory.read_history(path) if path.is_file() else []
+
+
+def save_all(drawn: dict[str, Figure], workdir: str | os.PathLike) -> None:
+    """Writes figures as `figures/NAME.png` into a workdir."""
+    for name, figure in drawn.items():
+        save(figure, Path(workdir) / 'figures' / f'{name}.png')
+
+
+def run_title(results: dict) -> str:
+    """What a run is about, such as 'Performer-ReLU on CIFAR-10', from the content of results.json.
+
+    Raises:
+        BadInput: if the kernel is unknown.
+    """
+    dataset = results['dataset']
+    return f'{model_name(results["kernel"])} on {DATASET_NAMES.get(dataset, dataset)}'
+
+
+def _figure(title: str, height: float) -> Figure:
+    figure = Figure(figsize=(8, height), dpi=PIXELS_AN_INCH, layout='constrained')
+    figure.get_layout_engine().set(w_pad=0.1, h_pad=0.08, wspace=0.03)
+    figure.suptitle(_short(title, 70), fontsize=14, fontweight='bold', parse_math=False)
+    return figure
+
+
+def _tidy(axes: Axes, grid: str = 'y') -> None:
+    axes.spines[['top', 'right']].set_visible(False)
+    axes.grid(axis=grid, color='#E0E0E0', linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.tick_params(labelsize=10)
+    axes.xaxis.label.set_size(11)
+    axes.yaxis.label.set_size(11)
+
+
+def _bars(
+    axes: Axes, names: list[str], values, colours, *, limit: float, pattern: str = '{:.1f}'
+) -> None:
+    """Horizontal bars from the top down, each with its name and its value."""
+    bars = axes.barh(range(len(names)), np.nan_to_num(values), color=colours, height=0.75)
+    labels = ['not measured' if math.isnan(value) else pattern.format(value) for value in values]
+    size = 10 if len(names) <= 20 else 8.5
+    # On white, since a mean's line may pass behind the number.
+    box = {'facecolor': 'white', 'edgecolor': 'none', 'pad': 0.6}
+    axes.bar_label(bars, labels, padding=4, fontsize=size, bbox=box, zorder=3)
+    axes.set_xlim(0, limit)
+    axes.set_ylim(len(names) - 0.4, -0.6)
+    _tidy(axes, grid='x')
+    axes.set_yticks(range(len(names)), names, fontsize=size, parse_math=False)
+    axes.tick_params(axis='y', length=0)
+
+
+def _mark_mean(axes: Axes, mean: float) -> None:
+    # The white rim keeps the line visible where it crosses black bars.
+    rim = [withStroke(linewidth=3, foreground='white')]
+    axes.axvline(mean, color=NEUTRAL, linestyle='--', linewidth=1.3, path_effects=rim, zorder=2)
+
+
+def _number(value) -> float:
+    """A saved value as a number; NaN where there is none."""
+    return math.nan if value is None or value == '' else float(value)
+
+
+def _known(rows: Sequence[dict], field: str) -> np.ndarray:
+    """The values of a field, without those that are missing."""
+    values = np.array([_number(row.get(field)) for row in rows])
+    return values[~np.isnan(values)]
+
+
+def _short(text: str, longest: int = LONGEST_NAME) -> str:
+    text = ' '.join(str(text).split())
+    return text if len(text) <= longest else text[: longest - 1] + '…'

@@ -1,0 +1,69 @@
+"""The forward pass over a whole split: images → log-probabilities on the host."""
+
+import functools
+import time
+from collections.abc import Callable
+
+import jax
+import numpy as np
+
+from performer_vit import augment, input_pipeline
+from performer_vit.checkpoints import TrainState
+from performer_vit.datasets import Dataset, Split
+
+
+def make_forward(model, dataset: Dataset) -> Callable:
+    """(params, projections, images (B, h, w, c) uint8) → natural log-probabilities (B, K) float32.
+
+    Images are normalised with the statistics of the training part; nothing is random.
+    """
+
+    def forward(params, projections, images):
+        images = augment.normalize(images, dataset.mean, dataset.std)
+        logits = model.apply({'params': params, 'projections': projections}, images, train=False)
+        return jax.nn.log_softmax(logits)
+
+    return forward
+
+
+def compile_forward(
+    model, dataset: Dataset, state: TrainState, batch_size: int
+) -> Callable[[TrainState, Split], np.ndarray]:
+    """Compiles the forward pass for `pmap`, once for splits of any size.
+
+    Args:
+      model: a `vit.VisionTransformer`.
+      dataset: gives the statistics, and the shape of an image.
+      state: replicated; its shapes and placement are those that the result will be called with.
+      batch_size: over all devices; the last batch of a split is padded to it.
+
+    Returns:
+      A function of a replicated state and a split of n images to log-probabilities (n, K) float32
+      in the split's order, computed with the state's evaluated weights.
+    """
+    split = Split(dataset.train.images[:1], dataset.train.labels[:1])
+    image = next(input_pipeline.eval_batches(split, batch_size=batch_size))['image']
+    forward = jax.pmap(make_forward(model, dataset), axis_name='batch')
+    compiled = forward.lower(state.evaluated_params, state.projections, image).compile()
+    return functools.partial(_predict, compiled, batch_size)
+
+
+def _predict(compiled: Callable, batch_size: int, state: TrainState, split: Split) -> np.ndarray:
+    outputs = [
+        compiled(state.evaluated_params, state.projections, batch['image'])
+        for batch in input_pipeline.eval_batches(split, batch_size=batch_size)
+    ]
+    # The batches are contiguous and cut into consecutive runs over the devices, so their order is
+    # the split's; the padding is at the very end.
+    outputs = [np.asarray(output).reshape(-1, output.shape[-1]) for output in outputs]
+    return np.concatenate(outputs)[: len(split)]
+
+
+def timed(
+    predict: Callable[[TrainState, Split], np.ndarray], state: TrainState, split: Split
+) -> tuple[np.ndarray, float]:
+    """The predictions for a split, and the seconds of a pass that follows a first, warm one."""
+    predict(state, Split(split.images[:1], split.labels[:1]))
+    started = time.perf_counter()
+    log_probabilities = predict(state, split)
+    return log_probabilities, time.perf_counter() - started

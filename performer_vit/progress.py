@@ -1,0 +1,117 @@
+"""What a person sees while a training runs: lines, a progress bar, TensorBoard."""
+
+import os
+import sys
+import time
+
+import numpy as np
+from tqdm import tqdm
+
+from performer_vit import workdir as run_directory
+
+
+def say(dataset_name: str, text: str) -> None:
+    """Prints lines, each under the name of the data set that was really read."""
+    for line in text.splitlines():
+        tqdm.write(f'[{dataset_name}] {line}', file=sys.stdout)
+    sys.stdout.flush()
+
+
+class Progress:
+    """The bar with ETA and images/s, and TensorBoard's scalars, images and hyperparameters.
+
+    Args:
+      workdir: where TensorBoard's event files go.
+      dataset_name: what was really read; it leads every line and is a hyperparameter.
+      title: of the bar, the name of the model.
+      config: of the run: its hyperparameters, and whether to trace steps with the profiler.
+      first_step, last_step: of this process, and of the training.
+    """
+
+    def __init__(
+        self,
+        workdir: str | os.PathLike,
+        dataset_name: str,
+        title: str,
+        config,
+        first_step: int,
+        last_step: int,
+    ):
+        # Imports TensorFlow, which takes seconds: only a run needs it.
+        from clu import metric_writers, periodic_actions
+
+        self._dataset_name = dataset_name
+        self._batch_size = config.batch_size
+        self._num_epochs = config.num_epochs
+        self._writer = metric_writers.create_default_writer(str(workdir), asynchronous=True)
+        fields = run_directory.flatten(config.to_dict())
+        hparams = {
+            key: value if isinstance(value, bool | int | float | str) else str(value)
+            for key, value in fields.items()
+        }
+        self._writer.write_hparams({**hparams, 'dataset_read': dataset_name})
+        self._hooks = []
+        if config.profile:
+            profile = periodic_actions.Profile(
+                logdir=str(workdir), num_profile_steps=5, first_profile=first_step + 10
+            )
+            self._hooks.append(profile)
+        self._bar = tqdm(
+            total=last_step * self._batch_size,
+            initial=first_step * self._batch_size,
+            desc=f'[{dataset_name}] {title}',
+            unit='img',
+            unit_scale=True,
+            mininterval=1.0,
+            dynamic_ncols=True,
+        )
+        self.resume(first_step)
+
+    def resume(self, step: int) -> None:
+        """Starts the clock of images/s anew: what came before `step` was not training."""
+        self._step, self._time = step, time.perf_counter()
+
+    def steps_done(self, step: int, metrics: dict[str, float], learning_rate: float) -> None:
+        """Shows that training has come to `step`, with the metrics of its last step."""
+        now = time.perf_counter()
+        images = (step - self._step) * self._batch_size
+        scalars = {f'train/{name}': value for name, value in metrics.items()}
+        scalars['train/learning_rate'] = learning_rate
+        scalars['train/images_per_second'] = images / (now - self._time)
+        self._step, self._time = step, now
+        self._writer.write_scalars(step, scalars)
+        self._bar.update(images)
+        self._bar.set_postfix(loss=f'{metrics["loss"]:.3f}', refresh=False)
+        for hook in self._hooks:
+            hook(step)
+
+    def epoch_done(self, row: dict) -> None:
+        """Shows a row of the history."""
+        scalars = {
+            f'epoch/{name}': row[name]
+            for name in run_directory.HISTORY_COLUMNS[3:]
+            if row[name] is not None
+        }
+        self._writer.write_scalars(row['step'], scalars)
+        line = (
+            f'Epoch {row["epoch"]}/{self._num_epochs}: loss {row["train_loss"]:.4f}, '
+            f'accuracy {row["train_accuracy"]:.2%}'
+        )
+        if row['validation_loss'] is not None:
+            line += (
+                f'; validation loss {row["validation_loss"]:.4f}, '
+                f'accuracy {row["validation_accuracy"]:.2%}'
+            )
+        say(self._dataset_name, f'{line}; {row["seconds"]:.1f} s')
+        self._bar.update(row['step'] * self._batch_size - self._bar.n)
+        self.resume(row['step'])
+
+    def tested(self, step: int, loss: float, accuracy: float, images: dict[str, np.ndarray]):
+        """Shows the final test of the state of `step`; `images` are (h, w, 3) uint8 by name."""
+        self._writer.write_scalars(step, {'test/loss': loss, 'test/accuracy': accuracy})
+        self._writer.write_images(step, {name: image[None] for name, image in images.items()})
+
+    def close(self) -> None:
+        """Ends the bar and writes out what TensorBoard's files still lack."""
+        self._bar.close()
+        self._writer.close()

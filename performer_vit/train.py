@@ -1,0 +1,394 @@
+"""Training, read top to bottom: data, model, step, loop, final test."""
+
+import collections
+import functools
+import os
+import pathlib
+import time
+from collections.abc import Callable, Iterator
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import jax_utils
+
+from performer_vit import (
+    augment,
+    checkpoints,
+    datasets,
+    evaluate,
+    figures,
+    input_pipeline,
+    optimizers,
+    progress,
+    vit,
+)
+from performer_vit import predict as prediction
+from performer_vit import workdir as run_directory
+from performer_vit.checkpoints import TrainState
+from performer_vit.errors import BadInput, choose
+from performer_vit.favor import redraw_projections
+
+TEST_STATES = ('best', 'last')
+
+
+def check(config) -> None:
+    """Raises `BadInput` for what can be seen to be wrong in a config without data or devices."""
+    at_least = {
+        'num_epochs': 1, 'batch_size': 1, 'log_every_steps': 1, 'checkpoint.every_epochs': 1,
+        'checkpoint.keep': 1, 'early_stopping_patience': 0, 'augment.crop_padding': 0,
+        'model.attention.redraw_every': 0, 'seed': 0,
+    }  # fmt: skip
+    values = run_directory.flatten(config.to_dict())
+    for field, least in at_least.items():
+        if values[field] < least:
+            raise BadInput(f'{field} is {values[field]}; set it to {least} or more.')
+    for field in ('label_smoothing', 'ema_decay', 'dataset.validation_fraction'):
+        if not 0 <= values[field] < 1:
+            raise BadInput(f'{field} is {values[field]}; set it to a number from 0 to below 1.')
+    choose('test_state', config.test_state, TEST_STATES)
+    if not config.dataset.validation_fraction:
+        needs = {
+            "test_state is 'best'": config.test_state == 'best',
+            'early_stopping_patience is above 0': config.early_stopping_patience > 0,
+        }
+        for what, needed in needs.items():
+            if needed:
+                raise BadInput(
+                    f'{what}, which needs a validation split, but dataset.validation_fraction is '
+                    "0: set test_state to 'last' and early_stopping_patience to 0, or "
+                    'dataset.validation_fraction above 0.'
+                )
+    # Every name and range of the schedule and the optimiser, for a training of any length.
+    optimizers.create(config.optimizer, optimizers.learning_rate(config.optimizer, 1, 10**9))
+
+
+def make_train_step(
+    model: vit.VisionTransformer,
+    tx: optax.GradientTransformation,
+    config,
+    dataset: datasets.Dataset,
+    steps_per_epoch: int,
+) -> Callable[[TrainState, dict], tuple[TrainState, dict]]:
+    """One optimiser step as a function for `jax.pmap(…, axis_name='batch')`.
+
+    The step takes a `TrainState` and a device's share of a batch of
+    `input_pipeline.train_batches`, and returns the new state and the step's metrics: `loss`
+    (nats), `accuracy` (0 to 1), `grad_norm` (before clipping), `first_bad_step`, each a scalar
+    averaged over devices. Nothing in it depends on how the batch is spread over devices, except
+    for dropout, whose masks are drawn on each device.
+    """
+    attention = config.model.attention
+
+    def loss_fn(params, projections, images, labels, key):
+        logits = model.apply(
+            {'params': params, 'projections': projections},
+            images,
+            train=True,
+            rngs={'dropout': key},
+        )
+        targets = optax.smooth_labels(
+            jax.nn.one_hot(labels, dataset.num_classes), config.label_smoothing
+        )
+        loss = optax.softmax_cross_entropy(logits, targets).mean()
+        return loss, (logits.argmax(-1) == labels).mean()
+
+    def train_step(state: TrainState, batch: dict) -> tuple[TrainState, dict]:
+        key = jax.random.fold_in(jax.random.key(config.seed), state.step)
+        augment_key, dropout_key = jax.random.split(key)
+        dropout_key = jax.random.fold_in(dropout_key, jax.lax.axis_index('batch'))
+        images = augment.augment(
+            augment_key,
+            batch['position'],
+            batch['image'],
+            padding=config.augment.crop_padding,
+            flip=config.augment.flip and dataset.flip,
+        )
+        images = augment.normalize(images, dataset.mean, dataset.std)
+        projections = state.projections
+        if projections and attention.redraw_every:
+            projections = jax.lax.cond(
+                state.step % attention.redraw_every == 0,
+                lambda: redraw_projections(
+                    state.projections,
+                    seed=config.seed,
+                    draw_number=state.step // attention.redraw_every,
+                    projection=attention.projection,
+                    row_norms=attention.row_norms,
+                ),
+                lambda: state.projections,
+            )
+
+        value_and_grad = jax.value_and_grad(loss_fn, has_aux=True)
+        (loss, accuracy), gradient = value_and_grad(
+            state.params, projections, images, batch['label'], dropout_key
+        )
+        loss, accuracy, gradient = jax.lax.pmean((loss, accuracy, gradient), 'batch')
+        grad_norm = optax.global_norm(gradient)
+        updates, opt_state = tx.update(gradient, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+
+        bad = ~(jnp.isfinite(loss) & jnp.isfinite(grad_norm))
+        first_bad_step = jnp.where(
+            (state.first_bad_step < 0) & bad, state.step, state.first_bad_step
+        )
+        starts_epoch = state.step % steps_per_epoch == 0
+        epoch_sums = {
+            name: jnp.where(starts_epoch, 0.0, state.epoch_sums[name]) + value
+            for name, value in (('loss', loss), ('accuracy', accuracy))
+        }
+        state = TrainState(
+            step=state.step + 1,
+            params=params,
+            projections=projections,
+            opt_state=opt_state,
+            ema_params=_moving_average(state, params, config.ema_decay),
+            epoch_sums=epoch_sums,
+            first_bad_step=first_bad_step,
+        )
+        metrics = {
+            'loss': loss,
+            'accuracy': accuracy,
+            'grad_norm': grad_norm,
+            'first_bad_step': first_bad_step,
+        }
+        return state, metrics
+
+    return train_step
+
+
+def _moving_average(state: TrainState, params, decay: float):
+    """m ← d·m + (1 − d)·params, with d = min(decay, (1 + t)/(10 + t)) so that early weights fade.
+
+    Without the second term the random initial weights would stay in the average of a short run.
+    """
+    if state.ema_params is None:
+        return None
+    step = state.step.astype(jnp.float32)
+    rate = 1.0 - jnp.minimum(decay, (1.0 + step) / (10.0 + step))
+    return optax.incremental_update(params, state.ema_params, rate)
+
+
+def scalar(value: jax.Array) -> float:
+    """The first replica of a replicated scalar, on the host; waits until it is computed."""
+    return np.asarray(value.addressable_shards[0].data).item()
+
+
+def run_steps(
+    train_step: Callable,
+    state: TrainState,
+    batches: Iterator[dict],
+    steps: range,
+    log_every: int,
+    observe: Callable[[int, dict], None],
+) -> tuple[TrainState, dict]:
+    """The hot loop: runs `steps`, and hands the metrics of every `log_every`-th to `observe`.
+
+    Metrics are read only after the next step has been dispatched, so that the device never waits
+    for the host.
+
+    Returns:
+      The new state, and the metrics of the last step.
+    """
+    pending = None
+    metrics = {}
+    for step in steps:
+        state, metrics = train_step(state, next(batches))
+        if pending:
+            observe(*pending)
+            pending = None
+        if (step + 1) % log_every == 0:
+            pending = (step + 1, metrics)
+    if pending:
+        observe(*pending)
+    return state, metrics
+
+
+def raise_if_bad(first_bad_step: int) -> None:
+    """Raises `FloatingPointError` where a step had a loss or gradient that was not finite."""
+    if first_bad_step >= 0:
+        raise FloatingPointError(
+            f'the loss or the gradient of step {first_bad_step} (counted from 0) is not finite. '
+            'Nothing was saved after it: the checkpoints in the workdir are from before. Lower '
+            'optimizer.learning_rate, set optimizer.clip_norm, or lengthen '
+            'optimizer.warmup_epochs, in a new --workdir.'
+        )
+
+
+def stops_early(history: list[dict], patience: int) -> bool:
+    """Whether the last `patience` epochs brought no validation loss below the earlier lowest."""
+    losses = [row['validation_loss'] for row in history]
+    return 0 < patience < len(losses) and min(losses[-patience:]) >= min(losses[:-patience])
+
+
+Training = collections.namedtuple(
+    'Training', 'model schedule step_fn state steps_per_epoch num_params'
+)
+Training.__doc__ = """What a training consists of before it is compiled: see `prepare`."""
+
+
+def prepare(config, dataset: datasets.Dataset) -> Training:
+    """Model, schedule, step and first state of a config on a data set; all input is checked."""
+    num_images = len(dataset.train.labels)
+    input_pipeline.check_batch_size(config.batch_size, jax.device_count(), num_images)
+    steps_per_epoch = num_images // config.batch_size
+    schedule = optimizers.learning_rate(config.optimizer, steps_per_epoch, config.num_epochs)
+    tx = optimizers.create(config.optimizer, schedule)
+    model = vit.from_config(config.model, dataset.num_classes, config.seed)
+    state = checkpoints.create_state(
+        model, tx, dataset.image_shape, config.seed, ema=config.ema_decay > 0
+    )
+    num_params = sum(leaf.size for leaf in jax.tree.leaves(state.params))
+    step_fn = make_train_step(model, tx, config, dataset, steps_per_epoch)
+    return Training(model, schedule, step_fn, state, steps_per_epoch, num_params)
+
+
+def compile_step(training: Training, state: TrainState, batch: dict) -> Callable:
+    """The step compiled for this replicated state and this batch; the state is donated."""
+    step = jax.pmap(training.step_fn, axis_name='batch', donate_argnums=0)
+    return step.lower(state, batch).compile()
+
+
+def train(config, workdir: str | os.PathLike | None = None, run_name: str = 'run') -> dict:
+    """Trains, tests and reports what `config` describes; goes on where it stopped.
+
+    Args:
+      config: an `ml_collections.ConfigDict` as `configs/base.py` makes it.
+      workdir: the directory of the run; default `runs/<data set>/<run_name>`.
+      run_name: what the run is called in that default.
+
+    Returns:
+      The content of `results.json`.
+
+    Raises:
+      BadInput: something in the config, the data or the workdir cannot be used.
+      FloatingPointError: a loss or gradient was not finite; the message names the step.
+    """
+    check(config)
+    dataset = datasets.load(**config.dataset)
+    training = prepare(config, dataset)
+    workdir = workdir or run_directory.default_workdir(run_name, dataset.name)
+    workdir = run_directory.claim(workdir, config.to_dict(), dataset.name)
+    say = functools.partial(progress.say, dataset.name)
+    if (workdir / 'results.json').exists():
+        results = run_directory.read_json(workdir / 'results.json')
+        say(f'This run is finished, and nothing of it is done again. It is in {workdir}')
+        say(evaluate.summary_table(results))
+        return results
+    say(_description(training, dataset, workdir))
+
+    saved = checkpoints.manager(workdir / 'checkpoints', config.checkpoint.keep)
+    state, history = checkpoints.restore(saved, training.state) or (training.state, [])
+    if history:
+        say(f'Going on after epoch {history[-1]["epoch"]}, from a checkpoint.')
+    first_step, last_step = int(state.step), config.num_epochs * training.steps_per_epoch
+    batches = functools.partial(
+        input_pipeline.train_batches,
+        dataset.train,
+        seed=config.seed,
+        batch_size=config.batch_size,
+    )
+
+    say('Compiling the training step and the forward pass …')
+    started = time.perf_counter()
+    state = jax_utils.replicate(state, axis_name='batch')
+    train_step = compile_step(training, state, next(batches(first_step=0, num_steps=1)))
+    predict = prediction.compile_forward(training.model, dataset, state, config.batch_size)
+    compile_seconds = time.perf_counter() - started
+
+    batches = batches(first_step=first_step, num_steps=last_step - first_step)
+    title = figures.model_name(config.model.attention.kernel)
+    shown = progress.Progress(workdir, dataset.name, title, config, first_step, last_step)
+
+    def observe(step: int, metrics: dict) -> None:
+        values = {name: scalar(value) for name, value in metrics.items()}
+        raise_if_bad(values.pop('first_bad_step'))
+        shown.steps_done(step, values, float(training.schedule(step - 1)))
+
+    try:
+        for epoch in range(len(history), config.num_epochs):
+            if stops_early(history, config.early_stopping_patience):
+                break
+            steps = range(
+                epoch * training.steps_per_epoch, (epoch + 1) * training.steps_per_epoch
+            )
+            started = time.perf_counter()
+            state, metrics = run_steps(
+                train_step, state, batches, steps, config.log_every_steps, observe
+            )
+            raise_if_bad(scalar(metrics['first_bad_step']))
+            seconds = time.perf_counter() - started
+            row = {
+                'dataset': dataset.name,
+                'epoch': epoch + 1,
+                'step': steps.stop,
+                'train_loss': scalar(state.epoch_sums['loss']) / len(steps),
+                'train_accuracy': scalar(state.epoch_sums['accuracy']) / len(steps),
+                'validation_loss': None,
+                'validation_accuracy': None,
+                'learning_rate': float(training.schedule(steps.stop - 1)),
+                'seconds': seconds,
+            }
+            if dataset.validation is not None:
+                log_probabilities = predict(state, dataset.validation)
+                labels = dataset.validation.labels
+                row['validation_loss'] = evaluate.negative_log_likelihood(labels, log_probabilities)
+                row['validation_accuracy'] = evaluate.accuracy(labels, log_probabilities)
+            history.append(row)
+            is_last = epoch + 1 == config.num_epochs or stops_early(
+                history, config.early_stopping_patience
+            )
+            if is_last or (epoch + 1) % config.checkpoint.every_epochs == 0:
+                checkpoints.save(saved, jax_utils.unreplicate(state), history)
+            run_directory.write_history(workdir / 'history.csv', history)
+            shown.epoch_done(row)
+        saved.wait_until_finished()
+
+        # The final test: the only time that a training reads the test split.
+        tested = history[-1]
+        if config.test_state == 'best':
+            tested = checkpoints.best(saved, history)
+            state, _ = checkpoints.restore(saved, training.state, tested['step'])
+            state = jax_utils.replicate(state, axis_name='batch')
+        log_probabilities, inference_seconds = prediction.timed(predict, state, dataset.test)
+        epoch_seconds = float(np.median([row['seconds'] for row in history]))
+        results = {
+            **evaluate.describe(config, dataset, training.model, training.num_params),
+            'epochs': len(history),
+            'tested_epoch': tested['epoch'],
+            'tested_step': tested['step'],
+            'validation_accuracy': tested['validation_accuracy'],
+            'train_seconds_per_epoch': epoch_seconds,
+            'images_per_second': training.steps_per_epoch * config.batch_size / epoch_seconds,
+            'compile_seconds': compile_seconds,
+            'inference_seconds': inference_seconds,
+        }
+        results, images = evaluate.write_report(
+            workdir, results, log_probabilities, dataset.test.labels, dataset.class_names
+        )
+        shown.tested(tested['step'], results['test_loss'], results['test_accuracy'], images)
+    finally:
+        saved.close()
+        shown.close()
+    say(evaluate.summary_table(results))
+    say(f'Everything is in {workdir}')
+    return results
+
+
+def _description(training: Training, dataset: datasets.Dataset, workdir: pathlib.Path) -> str:
+    """What is going to be trained, on what, where to: lines for the start of a run."""
+    from clu import parameter_overview  # Imports TensorFlow, which takes seconds.
+
+    parts = {
+        'training': dataset.train, 'validation': dataset.validation, 'test': dataset.test
+    }  # fmt: skip
+    sizes = [f'{len(split):,} {name}' for name, split in parts.items() if split is not None]
+    tokens = vit.num_tokens(training.model, dataset.image_shape)
+    table = parameter_overview.get_parameter_overview(training.state.params, include_stats=False)
+    return (
+        f'Data: {", ".join(sizes)} images of {dataset.name}\n'
+        f'Model: {training.num_params:,} parameters, {tokens} tokens an image\n'
+        f'{table}\n'
+        f'Workdir: {workdir}'
+    )

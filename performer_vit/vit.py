@@ -1,0 +1,365 @@
+"""The Vision Transformer (ViT): stem, encoder, pooling, head. The attention is an argument.
+
+A ViT and a Performer are the same module here. They differ in what `attention` builds: softmax
+attention or FAVOR+ with one of its kernels. Shapes: B images, h×w pixels, N tokens, C width,
+H heads, D = C / H.
+
+Sources: Dosovitskiy et al. 2021, "An Image is Worth 16x16 Words" (the encoder); Xiao et al. 2021,
+"Early Convolutions Help Transformers See Better" (the `conv` stem); Zhai et al. 2022, "Scaling
+Vision Transformers" (`map` pooling); Huang et al. 2016, "Deep Networks with Stochastic Depth".
+"""
+
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+
+from performer_vit.errors import BadInput, choose
+from performer_vit.favor import FavorAttention
+
+STEMS = ('patch', 'conv')
+POSITIONS = ('learned', 'sine')
+POOLINGS = ('gap', 'cls', 'map')
+DTYPES = ('float32', 'bfloat16')
+
+
+def space_to_depth(images: jax.Array, block: int) -> jax.Array:
+    """(B, h, w, c) → (B, h/block, w/block, block²·c): every block of pixels becomes one vector.
+
+    Convolutions on few channels waste a machine that multiplies matrices; this turns pixels into
+    channels first.
+    """
+    if block == 1:
+        return images
+    batch, height, width, channels = images.shape
+    grid = images.reshape(batch, height // block, block, width // block, block, channels)
+    return grid.transpose(0, 1, 3, 2, 4, 5).reshape(
+        batch, height // block, width // block, block * block * channels
+    )
+
+
+def sine_position_2d(height: int, width: int, channels: int) -> np.ndarray:
+    """Fixed 2-D sine-cosine position embedding, (height·width, channels) float32.
+
+    A quarter of the channels each for sin(y·ω), cos(y·ω), sin(x·ω), cos(x·ω), with the frequencies
+    ω_i = 10000^(−i/(channels/4 − 1)), as in MoCo v3 (Chen et al. 2021).
+    """
+    if channels % 4:
+        raise BadInput(
+            f"position 'sine' needs a width that is divisible by 4, but width is {channels}: "
+            "choose another width, or position 'learned'."
+        )
+    count = channels // 4
+    frequency = 10_000.0 ** (-np.arange(count) / max(count - 1, 1))
+    y, x = np.meshgrid(np.arange(height), np.arange(width), indexing='ij')
+    angles = [axis.reshape(-1, 1) * frequency for axis in (y, x)]
+    parts = [wave(angle) for angle in angles for wave in (np.sin, np.cos)]
+    return np.concatenate(parts, axis=1).astype(np.float32)
+
+
+class PatchStem(nn.Module):
+    """Non-overlapping patches, each projected to the width: (B, h, w, c) → (B, h/p, w/p, C)."""
+
+    patch_size: int
+    width: int
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, images: jax.Array) -> jax.Array:
+        patches = space_to_depth(images, self.patch_size)
+        return nn.Dense(self.width, dtype=self.dtype, name='embedding')(patches)
+
+
+class ConvStem(nn.Module):
+    """3×3 convolutions that shrink an image to the same grid as patches of `patch_size` would.
+
+    Space-to-depth, a convolution with LayerNorm and ReLU for each of `channels`, a 2×2 maximum, and
+    a last convolution to the width. Space-to-depth and the maximum share the shrinking between
+    them: patch_size 4 is 2 and 2, patch_size 2 is 2 and none, patch_size 1 neither. The maximum is
+    written as a reshape, because XLA's gradient of a windowed pooling is slow on CPUs; the norm
+    needs no statistics over the batch, so training and inference compute the same function.
+    """
+
+    patch_size: int
+    channels: tuple[int, ...]
+    width: int
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, images: jax.Array) -> jax.Array:
+        pool = 2 if self.patch_size > 2 else 1
+        x = space_to_depth(images, self.patch_size // pool)
+        for i, channels in enumerate(self.channels):
+            x = nn.Conv(channels, (3, 3), use_bias=False, dtype=self.dtype, name=f'conv_{i}')(x)
+            x = nn.relu(nn.LayerNorm(dtype=self.dtype, name=f'norm_{i}')(x))
+        if pool > 1:
+            batch, height, width, channels = x.shape
+            x = x.reshape(batch, height // pool, pool, width // pool, pool, channels)
+            x = x.max(axis=(2, 4))
+        return nn.Conv(self.width, (3, 3), dtype=self.dtype, name='embedding')(x)
+
+
+class Mlp(nn.Module):
+    """Dense to `mlp_dim`, GELU, dense back to the width, with dropout after each: [..., C]."""
+
+    mlp_dim: int
+    dropout_rate: float
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
+        width = x.shape[-1]
+        x = nn.gelu(nn.Dense(self.mlp_dim, dtype=self.dtype, name='hidden')(x))
+        x = nn.Dropout(self.dropout_rate, deterministic=not train)(x)
+        x = nn.Dense(width, dtype=self.dtype, name='out')(x)
+        return nn.Dropout(self.dropout_rate, deterministic=not train)(x)
+
+
+class SelfAttention(nn.Module):
+    """Multi-head self-attention (B, N, C) → (B, N, C) around any attention module.
+
+    `attention(name=…)` builds a module that maps query, key and value, each (B, N, H, D), to
+    (B, N, H, D).
+    """
+
+    num_heads: int
+    attention: Callable[..., nn.Module]
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        width = x.shape[-1]
+        heads = (self.num_heads, width // self.num_heads)
+        # Three products rather than one fused one: on CPUs the gradient of the fused product pays
+        # for a concatenation and a transposition that the larger product does not win back.
+        query, key, value = (
+            nn.DenseGeneral(heads, dtype=self.dtype, name=name)(x)
+            for name in ('query', 'key', 'value')
+        )
+        x = self.attention(name='attention')(query, key, value)
+        return nn.DenseGeneral(width, axis=(-2, -1), dtype=self.dtype, name='out')(x)
+
+
+class DropPath(nn.Module):
+    """Stochastic depth: zeroes the whole branch of an image with probability `rate`, (B, N, C).
+
+    A branch that stays is divided by 1 − rate, so that its expectation is unchanged.
+    """
+
+    rate: float
+
+    @nn.compact
+    def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
+        dropout = nn.Dropout(self.rate, broadcast_dims=(1, 2), deterministic=not train)
+        return dropout(x)
+
+
+class EncoderBlock(nn.Module):
+    """Pre-norm block: x + attention(norm(x)), then x + mlp(norm(x)); (B, N, C) → (B, N, C)."""
+
+    num_heads: int
+    mlp_dim: int
+    attention: Callable[..., nn.Module]
+    dropout_rate: float
+    drop_path_rate: float
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
+        y = nn.LayerNorm(dtype=self.dtype, name='attention_norm')(x)
+        y = SelfAttention(self.num_heads, self.attention, self.dtype, name='self_attention')(y)
+        y = nn.Dropout(self.dropout_rate, deterministic=not train)(y)
+        x = x + DropPath(self.drop_path_rate)(y, train=train)
+        y = nn.LayerNorm(dtype=self.dtype, name='mlp_norm')(x)
+        y = Mlp(self.mlp_dim, self.dropout_rate, self.dtype, name='mlp')(y, train=train)
+        return x + DropPath(self.drop_path_rate)(y, train=train)
+
+
+class MapPool(nn.Module):
+    """Multi-head attention pooling: one learned query attends to all tokens, (B, N, C) → (B, C).
+
+    Its attention is exact: one query costs N scores, which is linear already.
+    """
+
+    num_heads: int
+    mlp_dim: int
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        width = x.shape[-1]
+        probe = self.param('probe', nn.initializers.xavier_uniform(), (1, 1, width))
+        probe = jnp.broadcast_to(probe, (x.shape[0], 1, width)).astype(x.dtype)
+        x = nn.MultiHeadDotProductAttention(
+            self.num_heads, dtype=self.dtype, deterministic=True, name='attention'
+        )(probe, x)
+        y = nn.LayerNorm(dtype=self.dtype, name='norm')(x)
+        x = x + Mlp(self.mlp_dim, 0.0, self.dtype, name='mlp')(y, train=False)
+        return x[:, 0]
+
+
+class VisionTransformer(nn.Module):
+    """Images (B, h, w, c), normalised floats, to logits (B, num_classes) in float32.
+
+    Attributes:
+      num_classes: number of classes, K.
+      attention: builds the attention module of a block when called with `name`; see
+        `SelfAttention`. `functools.partial(FavorAttention, kernel='relu', num_features=64)` is one.
+      stem: 'patch' or 'conv'; both give h/patch_size × w/patch_size tokens.
+      patch_size: pixels along one side of a token.
+      stem_channels: channels of the convolutions of the 'conv' stem.
+      width, depth, num_heads, mlp_dim: C, number of blocks, H, hidden units of a block's MLP.
+      position: 'learned' or 'sine' (2-D) embedding, added to the tokens.
+      pooling: 'gap' (mean over tokens), 'cls' (one more, learned token), 'map' (`MapPool`).
+      dropout_rate: after the position embedding, and in every block.
+      drop_path_rate: stochastic depth of the last block; it grows linearly from 0 at the first.
+      dtype: of the computation, float32 or bfloat16; parameters are float32 always.
+
+    Intermediates by name, with `apply(…, mutable=['intermediates'])`: `grid` (B, h/p, w/p, C),
+    `block_0` … (B, N, C), `encoded` (B, N, C), `pooled` (B, C), and every block's
+    `self_attention/attention/attention_map` (B, H, N, N).
+
+    With `train=True`, a `dropout` key is needed where a rate is above 0.
+    """
+
+    num_classes: int
+    attention: Callable[..., nn.Module]
+    stem: str = 'conv'
+    patch_size: int = 4
+    stem_channels: tuple[int, ...] = (32, 64)
+    width: int = 128
+    depth: int = 2
+    num_heads: int = 4
+    mlp_dim: int = 256
+    position: str = 'learned'
+    pooling: str = 'gap'
+    dropout_rate: float = 0.0
+    drop_path_rate: float = 0.0
+    dtype: jnp.dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, images: jax.Array, *, train: bool = False) -> jax.Array:
+        self._check(images.shape)
+        images = images.astype(self.dtype)
+        if self.stem == 'patch':
+            stem = PatchStem(self.patch_size, self.width, self.dtype, name='stem')
+        else:
+            stem = ConvStem(
+                self.patch_size, self.stem_channels, self.width, self.dtype, name='stem'
+            )
+        grid = stem(images)
+        self.sow('intermediates', 'grid', grid)
+        batch, height, width, _ = grid.shape
+        x = grid.reshape(batch, height * width, self.width)
+
+        if self.position == 'learned':
+            position = self.param(
+                'position_embedding',
+                nn.initializers.normal(0.02),
+                (height * width, self.width),
+            )
+        else:
+            position = jnp.asarray(sine_position_2d(height, width, self.width))
+        x = x + position.astype(x.dtype)
+        if self.pooling == 'cls':
+            token = self.param('class_embedding', nn.initializers.normal(0.02), (self.width,))
+            token = jnp.broadcast_to(token.astype(x.dtype), (batch, 1, self.width))
+            x = jnp.concatenate([token, x], axis=1)
+        x = nn.Dropout(self.dropout_rate, deterministic=not train)(x)
+
+        for i in range(self.depth):
+            x = EncoderBlock(
+                self.num_heads,
+                self.mlp_dim,
+                self.attention,
+                self.dropout_rate,
+                self.drop_path_rate * i / max(self.depth - 1, 1),
+                self.dtype,
+                name=f'encoder_{i}',
+            )(x, train=train)
+            self.sow('intermediates', f'block_{i}', x)
+        x = nn.LayerNorm(dtype=self.dtype, name='norm')(x)
+        self.sow('intermediates', 'encoded', x)
+
+        if self.pooling == 'gap':
+            x = x.mean(axis=1)
+        elif self.pooling == 'cls':
+            x = x[:, 0]
+        else:
+            x = MapPool(self.num_heads, self.mlp_dim, self.dtype, name='pool')(x)
+        self.sow('intermediates', 'pooled', x)
+        # Zero, so that the first loss is log K and no class is preferred at the start.
+        head = nn.Dense(
+            self.num_classes, dtype=self.dtype, kernel_init=nn.initializers.zeros, name='head'
+        )
+        return head(x).astype(jnp.float32)
+
+    def _check(self, shape: tuple[int, ...]) -> None:
+        choose('model.stem', self.stem, STEMS)
+        choose('model.position', self.position, POSITIONS)
+        choose('model.pooling', self.pooling, POOLINGS)
+        for name in ('patch_size', 'width', 'depth', 'num_heads', 'mlp_dim', 'num_classes'):
+            if getattr(self, name) < 1:
+                raise BadInput(f'model.{name} is {getattr(self, name)}; set it to 1 or more.')
+        for name in ('dropout_rate', 'drop_path_rate'):
+            if not 0.0 <= getattr(self, name) < 1.0:
+                raise BadInput(
+                    f'model.{name} is {getattr(self, name)}; it is a probability: set it to a '
+                    'number from 0 to below 1.'
+                )
+        if self.width % self.num_heads:
+            raise BadInput(
+                f'model.width {self.width} is not divisible by model.num_heads {self.num_heads}: '
+                'each head takes an equal share of the width. Change one of the two.'
+            )
+        if len(shape) != 4:
+            raise BadInput(
+                f'images have the shape {shape}; a ViT takes (batch, height, width, channels).'
+            )
+        if shape[1] % self.patch_size or shape[2] % self.patch_size:
+            raise BadInput(
+                f'images of {shape[1]}×{shape[2]} pixels are not divisible by model.patch_size '
+                f'{self.patch_size}: choose a patch size that divides both sides.'
+            )
+        if self.stem == 'conv' and self.patch_size > 2 and self.patch_size % 2:
+            raise BadInput(
+                f"stem 'conv' halves the grid, so model.patch_size {self.patch_size} must be 1, 2 "
+                "or an even number; stem 'patch' takes any."
+            )
+        if self.stem == 'conv' and (not self.stem_channels or min(self.stem_channels) < 1):
+            raise BadInput(
+                f"stem 'conv' needs model.stem_channels, one or more positive numbers such as "
+                f'(32, 64); given was {tuple(self.stem_channels)}.'
+            )
+
+
+def from_config(model, num_classes: int, seed: int) -> VisionTransformer:
+    """The model that a config's `model` section describes (see `configs/base.py`).
+
+    Args:
+      model: an `ml_collections.ConfigDict` (or any mapping) with the fields of
+        `VisionTransformer`, an `attention` section with the fields of `FavorAttention`, and dtype
+        by name.
+      num_classes: number of classes, K.
+      seed: of the random projections.
+    """
+    fields = dict(model)
+    choose('model.dtype', fields['dtype'], DTYPES)
+    dtype = jnp.dtype(fields.pop('dtype'))
+    attention = dict(fields.pop('attention'))
+    attention.pop('redraw_every')  # When to redraw is the training loop's to decide.
+    fields['stem_channels'] = tuple(fields['stem_channels'])
+    return VisionTransformer(
+        num_classes=num_classes,
+        attention=functools.partial(FavorAttention, seed=seed, dtype=dtype, **attention),
+        dtype=dtype,
+        **fields,
+    )
+
+
+def num_tokens(model: VisionTransformer, image_shape: tuple[int, ...]) -> int:
+    """Number of tokens on the grid that the stem makes of an image of shape (h, w, c)."""
+    return (image_shape[0] // model.patch_size) * (image_shape[1] // model.patch_size)

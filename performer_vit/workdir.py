@@ -1,0 +1,142 @@
+"""The directory of a run: its name, whose it is, and the small files in it.
+
+`config.json`, `results.json` and `history.csv` are written whole and swapped in, so that a reader
+or a crash never meets half a file.
+"""
+
+import csv
+import json
+import os
+import pathlib
+import tempfile
+from collections.abc import Mapping, Sequence
+
+from performer_vit.errors import BadInput
+
+HISTORY_COLUMNS = (
+    'dataset', 'epoch', 'step', 'train_loss', 'train_accuracy', 'validation_loss',
+    'validation_accuracy', 'learning_rate', 'seconds',
+)  # fmt: skip
+# Where data comes from; what was read stands in `dataset_read`, and that must agree.
+_WHEREABOUTS = ('dataset.data_dir', 'dataset.fallback')
+
+
+def write_text(path: str | os.PathLike, text: str) -> None:
+    """Writes a text file in one step: the old content or the new, never a part."""
+    path = pathlib.Path(path)
+    temporary = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
+    temporary.write_text(text, encoding='utf-8')
+    os.replace(temporary, path)
+
+
+def write_json(path: str | os.PathLike, values: Mapping) -> None:
+    """Writes a mapping as indented JSON with sorted keys, in one step."""
+    write_text(path, json.dumps(values, indent=2, sort_keys=True, ensure_ascii=False) + '\n')
+
+
+def read_json(path: str | os.PathLike) -> dict:
+    """Reads a JSON file that `write_json` wrote."""
+    try:
+        return json.loads(pathlib.Path(path).read_text(encoding='utf-8'))
+    except FileNotFoundError as error:
+        raise BadInput(
+            f'{path} does not exist: give the --workdir of a run that wrote one.'
+        ) from error
+    except json.JSONDecodeError as error:
+        raise BadInput(
+            f'{path} is not valid JSON ({error}): restore it, or give another --workdir.'
+        ) from error
+
+
+def write_history(path: str | os.PathLike, rows: Sequence[Mapping]) -> None:
+    """Writes `history.csv`: a row an epoch; missing values (None) are empty cells."""
+    lines = [','.join(HISTORY_COLUMNS)]
+    for row in rows:
+        cells = ('' if row[name] is None else str(row[name]) for name in HISTORY_COLUMNS)
+        lines.append(','.join(cells))
+    write_text(path, '\n'.join(lines) + '\n')
+
+
+def read_history(path: str | os.PathLike) -> list[dict]:
+    """Reads `history.csv` back: numbers as numbers, empty cells as None."""
+
+    def parse(name: str, cell: str):
+        if cell == '':
+            return None
+        if name == 'dataset':
+            return cell
+        return int(cell) if name in ('epoch', 'step') else float(cell)
+
+    with open(path, encoding='utf-8', newline='') as file:
+        return [{k: parse(k, v) for k, v in row.items()} for row in csv.DictReader(file)]
+
+
+def flatten(values: Mapping, prefix: str = '') -> dict:
+    """{'model': {'width': 128}} → {'model.width': 128}."""
+    flat = {}
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            flat.update(flatten(value, f'{prefix}{name}.'))
+        else:
+            flat[f'{prefix}{name}'] = value
+    return flat
+
+
+def default_workdir(run_name: str, dataset_name: str) -> pathlib.Path:
+    """`runs/<data set>/<run name>`, where a run goes that was given no --workdir."""
+    return pathlib.Path('runs') / dataset_name / run_name
+
+
+def run_name(config_path: str, arguments: str, overrides: Mapping[str, object]) -> str:
+    """A readable name from what was typed: `performer_relu-num_epochs=3`.
+
+    The data set is left out: `default_workdir` names the one that was really read.
+    """
+    words = [word for word in arguments.split(',') if word in ('study',)]
+    changes = [
+        f'{field}={value}'
+        for field, value in sorted(overrides.items())
+        if field not in (*_WHEREABOUTS, 'dataset.name')
+    ]
+    name = '-'.join([pathlib.Path(config_path).stem, *words, *changes])
+    return ''.join(c if c.isalnum() or c in '-_=.,' else '_' for c in name)
+
+
+def claim(workdir: str | os.PathLike, config: Mapping, dataset_read: str) -> pathlib.Path:
+    """Makes the directory, or checks that the run in it is this very one, and returns its path.
+
+    Raises:
+      BadInput: the directory cannot be written, or holds a run with another config; the message
+        lists every field that differs.
+    """
+    workdir = pathlib.Path(workdir).absolute()
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=workdir):
+            pass
+    except OSError as error:
+        raise BadInput(
+            f'the workdir {workdir} cannot be written ({error.strerror or error}): give another '
+            'one with --workdir=DIR, or change its permissions.'
+        ) from error
+    mine = json.loads(json.dumps({**config, 'dataset_read': dataset_read}))
+    path = workdir / 'config.json'
+    if not path.exists():
+        write_json(path, mine)
+        return workdir
+    theirs = flatten(read_json(path))
+    ours = flatten(mine)
+    differences = [
+        f'  {field}: {theirs.get(field, "absent")!r} there, {ours.get(field, "absent")!r} here'
+        for field in sorted(set(theirs) | set(ours))
+        if field not in _WHEREABOUTS
+        and theirs.get(field, 'absent') != ours.get(field, 'absent')
+    ]
+    if differences:
+        raise BadInput(
+            f'the workdir {workdir} holds a run with another config:\n'
+            + '\n'.join(differences)
+            + '\nGive this run another --workdir=DIR, or repeat the config of the run there to '
+            'continue it.'
+        )
+    return workdir

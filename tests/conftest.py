@@ -1,0 +1,40 @@
+"""Four virtual CPU devices for every test, and a small run to test the loop with."""
+
+import importlib.util
+import os
+import pathlib
+import sys
+
+# Before JAX is imported anywhere.
+os.environ['JAX_PLATFORMS'] = 'cpu'
+os.environ['XLA_FLAGS'] = (
+    os.environ.get('XLA_FLAGS', '') + ' --xla_force_host_platform_device_count=4'
+)
+os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')
+
+import pytest  # noqa: E402
+
+ROOT = pathlib.Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))  # For `configs`, which is no part of the package.
+
+
+def load_config(name: str, arguments: str = ''):
+    """What --config=configs/NAME.py:ARGUMENTS gives."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / 'configs' / f'{name}.py')
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.get_config(arguments)
+
+
+@pytest.fixture
+def tiny_config():
+    """Performer-ReLU with 16 tokens of width 16 on the digits, two epochs: seconds to train."""
+    config = load_config('performer_relu', 'digits')
+    config.num_epochs = 2
+    config.batch_size = 128
+    config.log_every_steps = 3
+    config.model.update(
+        stem='patch', patch_size=8, width=16, depth=1, num_heads=2, mlp_dim=32
+    )
+    config.model.attention.num_features = 8
+    return config

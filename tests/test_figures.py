@@ -1,0 +1,360 @@
+"""The figures hold the saved numbers, say what they show, and stay legible."""
+
+import functools
+import itertools
+import json
+import subprocess
+import sys
+
+import matplotlib
+import matplotlib.text
+import numpy as np
+import pytest
+from matplotlib.image import imread
+
+from performer_vit import figures, workdir
+from performer_vit.errors import BadInput
+
+TITLE = 'Performer-ReLU on digits'
+
+
+def history(num_epochs, validation=True):
+    rows = []
+    for epoch in range(1, num_epochs + 1):
+        row = {'dataset': 'digits', 'epoch': epoch, 'step': 10 * epoch}
+        row |= {'train_loss': 2 / epoch, 'train_accuracy': 1 - 1 / (epoch + 1)}
+        row['validation_loss'] = 2.1 / epoch if validation else ''
+        row['validation_accuracy'] = 0.9 - 0.8 / (epoch + 1) if validation else ''
+        rows.append(row | {'learning_rate': 1e-3, 'seconds': 1.0})
+    return rows
+
+
+def predictions(num_classes, num_images=400):
+    rng = np.random.default_rng(0)
+    labels = np.arange(num_images) % num_classes
+    logits = rng.normal(size=(num_images, num_classes))
+    logits[np.arange(num_images), labels] += 2.5
+    return labels, (logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))).astype(np.float32)
+
+
+def texts(axes):
+    return [text.get_text() for text in axes.texts]
+
+
+@functools.cache
+def visible_texts(name):
+    """Every text that is drawn, with its box in pixels."""
+    figure = all_figures()[name]
+    figures.to_array(figure)
+    beyond = set()  # Matplotlib keeps, and does not draw, ticks outside the limits.
+    for axes in figure.axes:
+        for axis in (axes.xaxis, axes.yaxis):
+            low, high = sorted(axis.get_view_interval())
+            for tick in axis.get_major_ticks():
+                if not low <= tick.get_loc() <= high:
+                    beyond |= {tick.label1, tick.label2}
+    return [
+        (text.get_text(), text.get_window_extent(), text)
+        for text in figure.findobj(matplotlib.text.Text)
+        if text not in beyond and text.get_visible() and text.get_text().strip()
+    ]
+
+
+@functools.cache
+def all_figures():
+    names10 = [f'a class {i}' for i in range(10)]
+    names100 = [f'pickup_truck_{i}' for i in range(100)]
+    rng = np.random.default_rng(0)
+    made = {
+        'curves-1': figures.learning_curves(history(1), TITLE),
+        'curves-3': figures.learning_curves(history(3), TITLE),
+        'curves-100': figures.learning_curves(history(100), TITLE),
+    }
+    for names in (names10, names100):
+        count = len(names)
+        matrix = rng.integers(0, 20, (count, count)) + 100 * np.eye(count, dtype=int)
+        labels, log_probabilities = predictions(count)
+        made |= {
+            f'confusion-{count}': figures.confusion(matrix, names, TITLE),
+            f'per-class-{count}': figures.per_class(rng.uniform(size=count), names, TITLE),
+            f'confidence-{count}': figures.confidence_histogram(log_probabilities, labels, TITLE),
+        }
+    rows = [
+        {'kernel': kernel, 'dataset': 'digits', 'test_accuracy': accuracy,
+         'train_seconds_per_epoch': 12.3, 'seed': seed}
+        for kernel, (seed, accuracy) in itertools.product(
+            figures.MODEL_COLOURS, enumerate((0.985, 0.993, 0.999))
+        )
+    ]  # fmt: skip
+    made['comparison'] = figures.comparison(rows, 'Seven kernels on digits')
+    assert set(made) == set(FIGURES)  # None goes untested.
+    return made
+
+
+FIGURES = (
+    'curves-1', 'curves-3', 'curves-100', 'confusion-10', 'per-class-10', 'confidence-10',
+    'confusion-100', 'per-class-100', 'confidence-100', 'comparison',
+)  # fmt: skip
+
+
+# What holds for every figure
+
+
+@pytest.mark.parametrize('name', FIGURES)
+def test_texts_are_inside_and_do_not_overlap(name):
+    """Catches labels that are cut off at the border or drawn over one another."""
+    found = visible_texts(name)
+    assert len(found) > 8
+    width, height = all_figures()[name].bbox.size
+    for text, box, _ in found:
+        inside = -1 <= box.x0 and box.x1 <= width + 1 and -1 <= box.y0 and box.y1 <= height + 1
+        assert inside, text
+    upright = [(t, box) for t, box, artist in found if artist.get_rotation() == 0]
+    for (one, a), (other, b) in itertools.combinations(upright, 2):
+        wide = min(a.x1, b.x1) - max(a.x0, b.x0)
+        high = min(a.y1, b.y1) - max(a.y0, b.y0)
+        # Boxes hold some air above and below the letters.
+        assert wide <= 0 or high <= 3, f'{one!r} over {other!r}'
+
+
+@pytest.mark.parametrize('name', FIGURES)
+def test_axes_are_labelled_and_letters_large_enough(name):
+    """Catches an axis without a label and letters below 8 points: 11 pixels at 800 in width."""
+    for axes in all_figures()[name].axes:
+        shared = axes.get_shared_x_axes().get_siblings(axes)
+        colorbar = axes.get_label() == '<colorbar>'
+        assert colorbar or any(other.get_xlabel() for other in shared)
+    assert min(text.get_size() for _, _, text in visible_texts(name)) >= 8
+
+
+@pytest.mark.parametrize('name', FIGURES)
+def test_arrays_are_rgb_images_of_readme_width(name):
+    """Catches BGR or RGBA arrays, which TensorBoard shows in wrong colours or not at all."""
+    image = figures.to_array(all_figures()[name])
+    assert image.shape[1:] == (800, 3) and image.dtype == np.uint8
+    assert image[0, 0].tolist() == [255, 255, 255] and image.min() < 100
+
+
+def test_every_model_has_a_name_and_an_okabe_ito_colour_of_its_own():
+    """Catches two models in one colour, or a colour outside the palette."""
+    okabe_ito = '000000 E69F00 56B4E9 009E73 F0E442 0072B2 D55E00 CC79A7'.split()
+    colours = [colour.lstrip('#') for colour in figures.MODEL_COLOURS.values()]
+    assert len(set(colours)) == 7 and set(colours) <= set(okabe_ito)
+    assert list(figures.MODEL_COLOURS) == list(figures.MODEL_NAMES)
+    assert figures.model_name('exact') == 'ViT'
+    assert figures.model_name('softmax') == 'Performer-EXP'
+    with pytest.raises(BadInput, match="kernel is 'tanh'; allowed are 'exact', 'relu'"):
+        figures.model_name('tanh')
+
+
+def test_drawing_leaves_pyplot_and_the_backend_alone():
+    """Catches a figure that needs a display or stays in pyplot's memory (a leak a run)."""
+    code = (
+        'import sys\n'
+        'from performer_vit import figures\n'
+        "rows = [{'epoch': 1, 'train_loss': 1.0, 'train_accuracy': 0.5}]\n"
+        "figures.to_array(figures.learning_curves(rows, 'ViT on digits'))\n"
+        "assert 'matplotlib.pyplot' not in sys.modules\n"
+    )
+    subprocess.run([sys.executable, '-c', code], check=True)
+
+
+# Learning curves
+
+
+def test_learning_curves_hold_the_history_in_percent_and_nats():
+    """Catches the wrong column, a fraction on a percent axis, and epochs counted from 0."""
+    rows = history(5)
+    as_text = [{key: str(value) for key, value in row.items()} for row in rows]
+    for given in (rows, as_text):
+        loss, accuracy = figures.learning_curves(given, TITLE).axes
+        assert (loss.get_ylabel(), accuracy.get_ylabel()) == ('loss (nats)', 'accuracy (%)')
+        for axes, field, unit in ((loss, 'loss', 1), (accuracy, 'accuracy', 100)):
+            for line, split in zip(axes.lines, ('train', 'validation'), strict=True):
+                np.testing.assert_array_equal(line.get_xdata(), [1, 2, 3, 4, 5])
+                expected = [unit * row[f'{split}_{field}'] for row in rows]
+                np.testing.assert_allclose(line.get_ydata(), expected)
+
+
+@pytest.mark.parametrize('absent', ['', None, 'nan'])
+def test_learning_curves_without_validation_draw_training_alone(absent):
+    """Catches a crash on the empty fields, and a legend for a curve that is not there."""
+    rows = history(3)
+    for row in rows:
+        row['validation_loss'] = row['validation_accuracy'] = absent
+    for axes in figures.learning_curves(rows, TITLE).axes:
+        assert [text.get_text() for text in axes.get_legend().get_texts()] == ['training']
+
+
+def test_one_epoch_has_one_tick_and_two_marks():
+    """Catches a line without markers, invisible for one point, and epochs such as 1.05."""
+    for axes in all_figures()['curves-1'].axes:
+        ticks = [t for t in axes.get_xticks() if axes.get_xlim()[0] <= t <= axes.get_xlim()[1]]
+        assert ticks == [1]
+        assert all(line.get_marker() in 'os' for line in axes.lines)
+
+
+def test_learning_curves_refuse_an_empty_history():
+    """Catches an empty picture for a run that never finished an epoch."""
+    with pytest.raises(BadInput, match='at least one epoch'):
+        figures.learning_curves([], TITLE)
+
+
+# Confusion
+
+
+def test_confusion_shows_shares_of_the_true_class():
+    """Catches a normalisation by columns, a transposed image, and 0/0 in an empty row."""
+    matrix = np.array([[3, 1, 0], [0, 199, 1], [0, 0, 0]])
+    figure = figures.confusion(matrix, ['a', 'b', 'c'], TITLE)
+    axes = figure.axes[0]
+    shown = np.asarray(axes.images[0].get_array())
+    np.testing.assert_allclose(shown, [[75, 25, 0], [0, 99.5, 0.5], [0, 0, 0]])
+    cells = {tuple(text.get_position()): text.get_text() for text in axes.texts}
+    assert cells == {(0, 0): '75', (1, 0): '25', (1, 1): '100', (2, 1): '<1'}
+    assert (axes.get_xlabel(), axes.get_ylabel()) == ('predicted class', 'true class')
+
+
+def test_a_hundred_classes_name_the_most_frequent_confusions():
+    """Catches the diagonal among the confusions, and true and predicted exchanged."""
+    matrix = 50 * np.eye(100, dtype=int)
+    matrix[3, 7] = 50
+    matrix[8, 2] = 25
+    _, ranking, _ = figures.confusion(matrix, [f'n{i}' for i in range(100)], TITLE).axes
+    names = [label.get_text() for label in ranking.get_yticklabels()]
+    assert names[:2] == ['n3 → n7', 'n8 → n2']
+    assert texts(ranking)[:3] == ['50.0', '33.3', '0.0']
+
+
+def test_confusion_refuses_names_that_do_not_fit():
+    """Catches a matrix labelled with another data set's classes."""
+    with pytest.raises(BadInput, match='there are 2 class names'):
+        figures.confusion(np.eye(3, dtype=int), ['a', 'b'], TITLE)
+
+
+def test_names_with_dollars_are_not_mathematics():
+    """Catches class names of a user's folder that Matplotlib would parse and fail on."""
+    names = ['$x_$', '$', 'a' * 60]
+    figures.to_array(figures.confusion(np.eye(3, dtype=int), names, TITLE))
+    figures.to_array(figures.per_class([0.5, 1, 0], names, '$ViT on a_folder'))
+
+
+# Per-class accuracy
+
+
+def test_per_class_bars_are_sorted_and_keep_their_names():
+    """Catches sorted values beside unsorted names, and NaN taken as 0 in the mean."""
+    axes = figures.per_class([0.2, np.nan, 0.9], ['low', 'none', 'high'], TITLE).axes[0]
+    assert [label.get_text() for label in axes.get_yticklabels()] == ['high', 'low', 'none']
+    assert texts(axes) == ['90.0', '20.0', 'not measured']
+    np.testing.assert_allclose([bar.get_width() for bar in axes.patches], [90, 20, 0])
+    assert '55.0 %' in axes.get_title(loc='left')
+
+
+def test_per_class_of_a_hundred_shows_every_class_once():
+    """Catches classes lost between the two columns."""
+    shown = [
+        label.get_text()
+        for axes in all_figures()['per-class-100'].axes
+        for label in axes.get_yticklabels()
+    ]
+    assert sorted(shown) == sorted(f'pickup_truck_{i}' for i in range(100))
+
+
+# Confidence
+
+
+def test_confidence_histogram_counts_right_and_wrong():
+    """Catches right and wrong exchanged, and a confidence of 1 that falls out of the last bin."""
+    probabilities = np.array([[1.0, 0.0], [0.92, 0.08], [0.42, 0.58], [0.3, 0.7]])
+    log_probabilities = np.log(np.maximum(probabilities, 1e-30))
+    log_probabilities[0, 0] = 1e-7  # rounding above certainty
+    figure = figures.confidence_histogram(log_probabilities, np.array([0, 0, 0, 1]), TITLE)
+    right, wrong = ([bar.get_height() for bar in axes.patches] for axes in figure.axes)
+    assert (right[19], right[18], sum(right)) == (1, 1, 3)
+    assert (wrong[11], sum(wrong)) == (1, 1)
+    assert '3 of 4 images' in figure.axes[0].get_title(loc='left')
+
+
+def test_confidence_histogram_of_a_model_without_mistakes():
+    """Catches the mean of nothing: a warning, and NaN in a title."""
+    log_probabilities = np.log(np.array([[0.9, 0.1], [0.2, 0.8]]))
+    figure = figures.confidence_histogram(log_probabilities, np.array([0, 1]), TITLE)
+    assert figure.axes[1].get_title(loc='left') == 'wrong predictions: 0 of 2 images'
+    figures.to_array(figure)
+
+
+# Comparison
+
+
+def run(kernel, accuracy, seconds=2.0, **more):
+    return {'kernel': kernel, 'dataset': 'digits', 'test_accuracy': accuracy,
+            'train_seconds_per_epoch': seconds} | more  # fmt: skip
+
+
+def test_comparison_gives_mean_and_sample_deviation_a_model():
+    """Catches models mixed up and the deviation divided by n: 1.00 here, not 0.82."""
+    rows = [run('relu', a, s) for a, s in ((0.90, 1.0), (0.91, 2.0), (0.92, 3.0))]
+    rows.insert(1, run('exact', 0.80, 5.0))
+    quality, cost = figures.comparison(rows, 'x').axes
+    names = [label.get_text() for label in quality.get_yticklabels()]
+    assert names == ['Performer-ReLU', 'ViT']
+    assert texts(quality) == ['91.00 ± 1.00', '80.00']
+    assert texts(cost) == ['2.00', '5.00']
+    colours = [matplotlib.colors.to_hex(bar.get_facecolor()) for bar in cost.patches]
+    assert colours == [figures.MODEL_COLOURS[k].lower() for k in ('relu', 'exact')]
+
+
+def test_comparison_keeps_settings_of_one_kernel_apart():
+    """Catches 64 and 256 features averaged as though they were two seeds of one model."""
+    rows = [run('softmax', 0.8 + r / 1e4, num_features=r, projection='iid') for r in (64, 256)]
+    quality, _ = figures.comparison(rows, 'x').axes
+    names = [label.get_text() for label in quality.get_yticklabels()]
+    assert names == ['Performer-EXP\n64 features, iid', 'Performer-EXP\n256 features, iid']
+    assert texts(quality) == ['80.64', '82.56']
+
+
+def test_comparison_of_what_was_not_measured():
+    """Catches a missing time or accuracy drawn as a 0."""
+    quality, cost = figures.comparison([run('relu', None, None), run('elu', 0.5)], 'x').axes
+    assert texts(quality) == ['not measured', '50.00']
+    assert texts(cost) == ['not measured', '2.00']
+
+
+def test_comparison_refuses_several_data_sets():
+    """Catches digits beside CIFAR-10 in one ranking."""
+    rows = [run('relu', 0.9), run('elu', 0.9) | {'dataset': 'cifar10'}]
+    with pytest.raises(BadInput, match='cifar10, digits'):
+        figures.comparison(rows, 'x')
+    with pytest.raises(BadInput, match='none'):
+        figures.comparison([], 'x')
+
+
+# Files
+
+
+def test_draw_all_draws_from_the_saved_files(tmp_path):
+    """Catches a figure that is not written, is empty, or is of the wrong width."""
+    labels, log_probabilities = predictions(10)
+    results = {'dataset': 'cifar10', 'kernel': 'elu', 'class_names': [str(i) for i in range(10)]}
+    (tmp_path / 'results.json').write_text(json.dumps(results))
+    np.savez(tmp_path / 'test_predictions.npz', labels=labels, log_probabilities=log_probabilities)
+    workdir.write_history(tmp_path / 'history.csv', history(2, validation=False))
+    figures.draw_all(tmp_path)
+    paths = list((tmp_path / 'figures').iterdir())
+    names = {'confusion_matrix', 'per_class_accuracy', 'confidence', 'learning_curves'}
+    assert {path.stem for path in paths} == names
+    for path in paths:
+        assert path.suffix == '.png'
+        image = imread(path)
+        assert image.shape[1] == 1600 and image.std() > 0.05
+    assert figures.run_title(results) == 'Performer-ELU on CIFAR-10'
+
+
+def test_draw_all_says_what_is_missing(tmp_path):
+    """Catches a bare FileNotFoundError for the workdir of an unfinished run."""
+    with pytest.raises(BadInput, match='results.json does not exist.*give the --workdir'):
+        figures.draw_all(tmp_path)
+    (tmp_path / 'results.json').write_text('{}')
+    with pytest.raises(BadInput, match='test_predictions.npz does not exist.*final test'):
+        figures.draw_all(tmp_path)

@@ -1,0 +1,115 @@
+"""The command line as a user types it, and a run that is killed."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+
+from performer_vit import checkpoints, datasets, train, workdir
+from tests.conftest import ROOT, load_config
+
+SMALL = (
+    '--config=configs/performer_relu.py:digits',
+    '--config.num_epochs=4',
+    '--config.log_every_steps=2',
+    '--config.model.stem=patch',
+    '--config.model.patch_size=8',
+    '--config.model.width=16',
+    '--config.model.depth=1',
+    '--config.model.num_heads=2',
+    '--config.model.mlp_dim=32',
+    '--config.model.attention.num_features=8',
+    '--config.model.attention.redraw_every=5',
+)
+
+
+def environment() -> dict[str, str]:
+    """One CPU device, as a user has it, and no prepared data."""
+    kept = {name: value for name, value in os.environ.items() if name != 'TFDS_DATA_DIR'}
+    return {**kept, 'XLA_FLAGS': '', 'JAX_PLATFORMS': 'cpu'}
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, 'run.py', *arguments],
+        cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=240,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    'arguments, message',
+    [
+        ((), '--config is missing; an example is --config=configs/performer_relu.py'),
+        (('--config=configs/nope.py',), 'configs/nope.py'),
+        (('--config=configs/vit.py:mnist',), "the config argument is 'mnist'"),
+        (('--config=configs/vit.py', '--config.num_epoch=3'), 'num_epochs'),
+        (('--config=configs/vit.py', '--config.num_epochs=three'), 'three'),
+        (('--config=configs/vit.py', '--mode=fly'), 'train|evaluate'),
+        (('--mode=evaluate',), 'needs the --workdir=DIR'),
+        (('--config=configs/vit.py:digits', '--config.num_epochs=0'), 'num_epochs is 0'),
+        (('--mode=evaluate', '--workdir=/nonexistent'), 'config.json does not exist'),
+    ],
+)
+def test_mistakes_get_an_error_without_a_traceback(arguments, message):
+    """Exit code 2, the reason on stderr, and no Python in the user's face."""
+    done = run(*arguments)
+    assert done.returncode in (1, 2)
+    assert message in done.stderr
+    assert 'Traceback' not in done.stderr
+
+
+@pytest.mark.slow
+def test_kill_9_at_three_moments_changes_nothing(tmp_path):
+    """The same command after each kill ends in the bits of a run that was never stopped.
+
+    The moments are random; what must hold does not depend on them. Catches state that lives
+    outside the checkpoint, a half-written checkpoint that is read, and an order of images that
+    starts anew.
+    """
+    done = run(*SMALL, f'--workdir={tmp_path}/whole')
+    assert done.returncode == 0, done.stderr
+    assert all(line.startswith('[digits]') for line in done.stdout.splitlines())
+    whole = workdir.read_history(tmp_path / 'whole' / 'history.csv')
+    moments = random.Random(0)
+    command = [sys.executable, 'run.py', *SMALL, f'--workdir={tmp_path}/killed']
+    for _ in range(3):
+        process = subprocess.Popen(
+            command, cwd=ROOT, env=environment(),
+            stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+        )  # fmt: skip
+        # From the first line about an epoch on: before it there is nothing to lose.
+        for line in process.stdout:
+            if 'Epoch' in line:
+                break
+        time.sleep(moments.uniform(0.0, 0.3))
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    done = run(*SMALL, f'--workdir={tmp_path}/killed')
+    assert done.returncode == 0, done.stderr
+
+    config = load_config('performer_relu', 'digits')
+    config.update_from_flattened_dict({
+        name.removeprefix('--config.'): _parse(value)
+        for name, value in (flag.split('=') for flag in SMALL[1:])
+    })  # fmt: skip
+    template = train.prepare(config, datasets.load('digits')).state
+    states = []
+    for name in ('whole', 'killed'):
+        manager = checkpoints.manager(tmp_path / name / 'checkpoints', keep=2)
+        states.append(jax.tree.map(np.asarray, checkpoints.restore(manager, template)[0]))
+        manager.close()
+    assert int(states[0].step) == 4 * 8
+    jax.tree.map(np.testing.assert_array_equal, *states)
+    history = workdir.read_history(tmp_path / 'killed' / 'history.csv')
+    for row, other in zip(history, whole, strict=True):
+        assert {**row, 'seconds': 0} == {**other, 'seconds': 0}
+
+
+def _parse(value: str) -> object:
+    return int(value) if value.isdigit() else value

@@ -1,0 +1,385 @@
+"""The training step and the loop, on a small model and the digits."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import jax_utils
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from performer_vit import (
+    checkpoints,
+    datasets,
+    evaluate,
+    input_pipeline,
+    optimizers,
+    projections,
+    train,
+    workdir,
+)
+from performer_vit.errors import BadInput
+from tests.conftest import load_config
+
+CONFIGS = (
+    'vit', 'performer_relu', 'performer_exp', 'performer_gelu', 'performer_elu',
+    'performer_ftheta',
+)  # fmt: skip
+
+
+@functools.cache
+def digits() -> datasets.Dataset:
+    return datasets.load('digits')
+
+
+def train_for(config, dataset, num_steps: int, num_devices: int = 1):
+    """State (one replica) and metrics of each step, by the step that training uses."""
+    training = train.prepare(config, dataset)
+    devices = jax.devices()[:num_devices]
+    step = jax.pmap(training.step_fn, axis_name='batch', devices=devices)
+    state = jax_utils.replicate(training.state, devices, axis_name='batch')
+    batches = input_pipeline.train_batches(
+        dataset.train, seed=config.seed, batch_size=config.batch_size, first_step=0,
+        num_steps=num_steps, devices=devices,
+    )  # fmt: skip
+    metrics = []
+    for batch in batches:
+        state, values = step(state, batch)
+        metrics.append({name: train.scalar(value) for name, value in values.items()})
+    return jax.tree.map(lambda x: np.asarray(x)[0], state), metrics
+
+
+def first_images(dataset: datasets.Dataset, count: int) -> datasets.Dataset:
+    part = datasets.Split(dataset.train.images[:count], dataset.train.labels[:count])
+    return dataclasses.replace(dataset, train=part)
+
+
+def test_overfits_32_images(tiny_config):
+    """The whole path from pixels to the update can learn: catches a gradient that is cut, a label
+    that belongs to another image, a normalisation that loses the image."""
+    config = tiny_config
+    config.batch_size, config.num_epochs, config.ema_decay = 32, 150, 0.0
+    config.augment.crop_padding, config.label_smoothing = 0, 0.0
+    config.model.update(width=32, depth=2, patch_size=4)
+    config.optimizer.update(learning_rate=3e-3, warmup_epochs=5.0)
+    _, metrics = train_for(config, first_images(digits(), 32), 150)
+    assert metrics[-1]['accuracy'] == 1.0
+    assert metrics[0]['loss'] == pytest.approx(np.log(10), abs=1e-5)  # The head starts at zero.
+
+
+def test_four_devices_equal_one(tiny_config):
+    """Catches gradients that are summed instead of averaged, and augmentation, order or
+    projections that depend on the number of devices. Differences are those of rounding."""
+    tiny_config.optimizer.warmup_epochs = 0.0
+    tiny_config.model.attention.redraw_every = 2
+    one, metrics_one = train_for(tiny_config, digits(), 4, num_devices=1)
+    four, metrics_four = train_for(tiny_config, digits(), 4, num_devices=4)
+    for a, b in zip(metrics_one, metrics_four, strict=True):
+        assert a == pytest.approx(b, rel=1e-4)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=2e-5), one.params, four.params
+    )
+    start = train.prepare(tiny_config, digits()).state.params
+    moved = jax.tree.map(lambda a, b: float(np.abs(a - b).max()), one.params, start)
+    assert max(jax.tree.leaves(moved)) > 1e-3  # Else the comparison above says nothing.
+
+
+def test_loss_against_numpy(tiny_config):
+    """Smoothed cross-entropy of the first step, from the model's own logits, in NumPy."""
+    tiny_config.label_smoothing = 0.2
+    tiny_config.augment.crop_padding = 0
+    dataset = digits()
+    training = train.prepare(tiny_config, dataset)
+    noise = jax.random.normal(jax.random.key(3), training.state.params['head']['kernel'].shape)
+    training.state.params['head']['kernel'] = noise
+    batches = input_pipeline.train_batches(
+        dataset.train, seed=0, batch_size=128, first_step=0, num_steps=1, devices=jax.devices()[:1]
+    )
+    batch = next(batches)
+    state = jax_utils.replicate(training.state, jax.devices()[:1], axis_name='batch')
+    step = jax.pmap(training.step_fn, axis_name='batch', devices=jax.devices()[:1])
+    _, metrics = step(state, batch)
+
+    pixels = (np.asarray(batch['image'][0]) / 255.0 - dataset.mean) / dataset.std
+    variables = {'params': training.state.params, 'projections': training.state.projections}
+    logits = np.asarray(training.model.apply(variables, jnp.asarray(pixels, jnp.float32)))
+    log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    labels = np.asarray(batch['label'][0])
+    targets = np.full((128, 10), 0.2 / 10)
+    targets[np.arange(128), labels] += 0.8
+    assert train.scalar(metrics['loss']) == pytest.approx(-(targets * log_p).sum(-1).mean(), 1e-4)
+    assert train.scalar(metrics['accuracy']) == pytest.approx((log_p.argmax(-1) == labels).mean())
+
+
+def test_projections_are_redrawn_when_due(tiny_config):
+    """Every 2 steps, as the pure function of (seed, layer, draw number); never with 0."""
+    attention = tiny_config.model.attention
+    seen = {}
+    for every in (0, 2):
+        attention.redraw_every = every
+        for steps in (1, 2, 3, 5):
+            state, _ = train_for(tiny_config, digits(), steps)
+            (seen[every, steps],) = jax.tree.leaves(state.projections)
+    for steps in (1, 2, 3, 5):
+        np.testing.assert_array_equal(seen[0, steps], seen[0, 1])
+    np.testing.assert_array_equal(seen[2, 1], seen[0, 1])
+    np.testing.assert_array_equal(seen[2, 2], seen[2, 1])
+    assert np.abs(seen[2, 3] - seen[2, 2]).max() > 0.1
+    assert np.abs(seen[2, 5] - seen[2, 3]).max() > 0.1
+    assert projections.draw  # The values themselves are tested in test_favor.
+
+
+def test_moving_average_closed_form(tiny_config):
+    """m ← d·m + (1 − d)·p with d = min(decay, (1 + t)/(10 + t)), over the visited weights."""
+    tiny_config.ema_decay = 0.3
+    tiny_config.optimizer.warmup_epochs = 0.0
+    visited = [train.prepare(tiny_config, digits()).state.params]
+    visited += [train_for(tiny_config, digits(), n)[0].params for n in (1, 2, 3)]
+    average = np.asarray(visited[0]['head']['kernel'])
+    for t, params in enumerate(visited[1:]):
+        decay = min(0.3, (1 + t) / (10 + t))
+        average = decay * average + (1 - decay) * params['head']['kernel']
+    state, _ = train_for(tiny_config, digits(), 3)
+    np.testing.assert_allclose(state.ema_params['head']['kernel'], average, rtol=1e-4, atol=1e-7)
+    assert np.abs(average - state.params['head']['kernel']).max() > 1e-5
+    assert state.evaluated_params is state.ema_params
+
+
+def test_early_stopping_rule():
+    """Stops when the last `patience` epochs have brought nothing new, never with patience 0."""
+
+    def history(*losses):
+        return [{'validation_loss': loss} for loss in losses]
+
+    assert not train.stops_early(history(3, 2, 1), 2)
+    assert not train.stops_early(history(1, 2), 2)
+    assert train.stops_early(history(1, 2, 1), 2)
+    assert not train.stops_early(history(2, 3, 1), 2)
+    assert not train.stops_early(history(1, 2, 3, 4), 0)
+    assert not train.stops_early([], 2)
+
+
+@pytest.fixture(scope='module')
+def finished(tmp_path_factory):
+    """A run that was trained to its end once, for the tests that look at what it left."""
+    config = load_config('performer_relu', 'digits')
+    config.num_epochs, config.batch_size, config.log_every_steps = 3, 128, 3
+    config.model.update(stem='patch', patch_size=8, width=16, depth=1, num_heads=2, mlp_dim=32)
+    config.model.attention.update(num_features=8, redraw_every=5)
+    directory = tmp_path_factory.mktemp('finished') / 'run'
+    return config, directory, train.train(config, directory)
+
+
+def saved_state(config, directory):
+    """Latest state and history in a workdir."""
+    training = train.prepare(config, digits())
+    manager = checkpoints.manager(directory / 'checkpoints', config.checkpoint.keep)
+    state, history = checkpoints.restore(manager, training.state)
+    manager.close()
+    return jax.tree.map(np.asarray, state), history
+
+
+def without_seconds(history):
+    return [{name: value for name, value in row.items() if name != 'seconds'} for row in history]
+
+
+def test_workdir_of_a_run(finished, capsys):
+    """All the files that the design promises, with the data set's name in each of the texts."""
+    config, directory, results = finished
+    for name in ('config.json', 'results.json', 'history.csv', 'classification_report.txt'):
+        assert 'digits' in (directory / name).read_text(), name
+    for name in ('learning_curves', 'confusion_matrix', 'per_class_accuracy', 'confidence'):
+        assert (directory / 'figures' / f'{name}.png').stat().st_size > 5000
+    assert workdir.read_json(directory / 'results.json') == results
+    wanted = {
+        'dataset', 'kernel', 'num_params', 'num_tokens', 'epochs', 'train_seconds_per_epoch',
+        'compile_seconds', 'inference_seconds', 'images_per_second', 'validation_accuracy',
+        'test_accuracy', 'test_loss', 'seed', 'device', 'versions',
+    }  # fmt: skip
+    assert wanted <= set(results)
+    assert results['num_tokens'] == 16 and results['kernel'] == 'relu'
+    assert set(results['versions']) >= {'python', 'jax', 'flax', 'performer_vit', 'git_commit'}
+    history = workdir.read_history(directory / 'history.csv')
+    assert [row['epoch'] for row in history] == [1, 2, 3]
+    best = max(row['validation_accuracy'] for row in history)
+    assert results['validation_accuracy'] == best
+    train.train(config, directory)  # Finished: shows the table, trains nothing.
+    out = capsys.readouterr().out
+    assert 'finished' in out and all(line.startswith('[digits]') for line in out.splitlines())
+
+
+def test_test_accuracy_is_that_of_the_saved_weights(finished):
+    """An independent pass in NumPy's order: model, best checkpoint, test images, one by one batch.
+
+    Catches a report on other weights, other projections, or images in another order.
+    """
+    config, directory, results = finished
+    dataset = digits()
+    training = train.prepare(config, dataset)
+    manager = checkpoints.manager(directory / 'checkpoints', config.checkpoint.keep)
+    history = workdir.read_history(directory / 'history.csv')
+    best = max(history, key=lambda row: (row['validation_accuracy'], row['epoch']))
+    state, _ = checkpoints.restore(manager, training.state, best['step'])
+    manager.close()
+    pixels = (dataset.test.images / 255.0 - dataset.mean) / dataset.std
+    logits = training.model.apply(
+        {'params': state.ema_params, 'projections': state.projections},
+        jnp.asarray(pixels, jnp.float32),
+    )
+    accuracy = float((np.asarray(logits).argmax(-1) == dataset.test.labels).mean())
+    assert results['test_accuracy'] == pytest.approx(accuracy, abs=1e-9)
+
+
+def test_evaluate_mode_reports_the_same(finished):
+    _, directory, results = finished
+    before = (directory / 'classification_report.txt').read_text()
+    again = evaluate.evaluate_run(directory)
+    assert again['test_accuracy'] == results['test_accuracy']
+    assert again['test_loss'] == pytest.approx(results['test_loss'], rel=1e-6)
+    assert again['train_seconds_per_epoch'] == results['train_seconds_per_epoch']
+    assert (directory / 'classification_report.txt').read_text() == before
+
+
+def test_tensorboard_files_read_back(finished):
+    """Scalars of steps and epochs, hyperparameters, and the confusion matrix as an image."""
+    config, directory, results = finished
+    events = EventAccumulator(str(directory), size_guidance={'images': 0, 'scalars': 0})
+    events.Reload()
+    tags = events.Tags()
+    steps = {
+        'loss', 'accuracy', 'grad_norm', 'learning_rate', 'images_per_second'
+    }  # fmt: skip
+    assert {f'train/{name}' for name in steps} <= set(tags['scalars'])
+    epochs = {'train_loss', 'train_accuracy', 'validation_loss', 'validation_accuracy'}
+    assert {f'epoch/{name}' for name in epochs} <= set(tags['scalars'])
+    history = workdir.read_history(directory / 'history.csv')
+    shown = [event.value for event in events.Scalars('epoch/validation_accuracy')]
+    np.testing.assert_allclose(shown, [row['validation_accuracy'] for row in history], rtol=1e-6)
+    assert [event.step for event in events.Scalars('train/loss')] == list(range(3, 25, 3))
+    assert events.Scalars('test/accuracy')[0].value == pytest.approx(results['test_accuracy'])
+    assert 'test/confusion_matrix' in tags['images']
+    assert 'hparams' in ' '.join(events.summary_metadata)
+
+
+def test_interrupted_and_continued_is_the_uninterrupted_run(finished, tmp_path, monkeypatch):
+    """Bit for bit: weights, optimiser, averages, projections, history. Stops inside epoch 2."""
+    config, directory, results = finished
+    observe = train.raise_if_bad
+    calls = []
+
+    def stop_at_the_fifth(first_bad_step):
+        calls.append(first_bad_step)
+        if len(calls) == 5:
+            raise KeyboardInterrupt
+        observe(first_bad_step)
+
+    monkeypatch.setattr(train, 'raise_if_bad', stop_at_the_fifth)
+    with pytest.raises(KeyboardInterrupt):
+        train.train(config, tmp_path / 'run')
+    monkeypatch.undo()
+    assert len(workdir.read_history(tmp_path / 'run' / 'history.csv')) == 1
+    again = train.train(config, tmp_path / 'run')
+
+    state, history = saved_state(config, directory)
+    resumed, resumed_history = saved_state(config, tmp_path / 'run')
+    jax.tree.map(np.testing.assert_array_equal, resumed, state)
+    assert without_seconds(resumed_history) == without_seconds(history)
+    assert again['test_loss'] == results['test_loss']
+
+
+def test_not_finite_stops_names_the_step_and_keeps_the_checkpoint(
+    tiny_config, tmp_path, monkeypatch
+):
+    """The update of step 13 uses an infinite rate, so step 14 is the first with a bad loss."""
+
+    def learning_rate(optimizer, steps_per_epoch, num_epochs):
+        return lambda step: jnp.where(step == 13, jnp.inf, 1e-3)
+
+    monkeypatch.setattr(optimizers, 'learning_rate', learning_rate)
+    with pytest.raises(FloatingPointError, match=r'step 14 \(counted from 0\) is not finite'):
+        train.train(tiny_config, tmp_path / 'run')
+    state, history = saved_state(tiny_config, tmp_path / 'run')
+    assert len(history) == 1 and int(state.step) == 8
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state.params))
+    assert not (tmp_path / 'run' / 'results.json').exists()
+
+
+def test_early_stopping_ends_a_run(tiny_config, tmp_path, monkeypatch):
+    """Validation loss that never falls: patience 2 ends the run after 3 of 8 epochs."""
+    tiny_config.num_epochs = 8
+    tiny_config.early_stopping_patience = 2
+    tiny_config.test_state = 'last'
+    tiny_config.checkpoint.every_epochs = 5
+    monkeypatch.setattr(evaluate, 'negative_log_likelihood', lambda *_: 1.0)
+    results = train.train(tiny_config, tmp_path / 'run')
+    assert results['epochs'] == 3 and results['tested_epoch'] == 3
+    _, history = saved_state(tiny_config, tmp_path / 'run')
+    assert len(history) == 3  # The last state is saved although 3 is no multiple of 5.
+
+
+def test_training_on_everything(tiny_config, tmp_path):
+    """Without a validation split there is none in the results, and the last state is tested."""
+    tiny_config.dataset.validation_fraction = 0.0
+    tiny_config.test_state = 'last'
+    tiny_config.num_epochs = 1
+    results = train.train(tiny_config, tmp_path / 'run')
+    assert results['validation_accuracy'] is None
+    assert workdir.read_history(tmp_path / 'run' / 'history.csv')[0]['validation_loss'] is None
+    assert 0 <= results['test_accuracy'] <= 1
+
+
+@pytest.mark.parametrize('name', CONFIGS)
+def test_every_config_trains_two_steps(name):
+    """The shipped configs as they are, but for the batch: finite losses that move the weights."""
+    config = load_config(name, 'digits')
+    config.batch_size = 8
+    config.optimizer.warmup_epochs = 0.0
+    state, metrics = train_for(config, first_images(digits(), 16), 2)
+    assert [row['first_bad_step'] for row in metrics] == [-1, -1]
+    assert all(np.isfinite(row['loss']) and row['grad_norm'] > 0 for row in metrics)
+    assert int(state.step) == 2
+    assert state.projections.keys() == (set() if name in ('vit', 'performer_ftheta') else
+                                        {'encoder_0', 'encoder_1'})  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    'field, value, message',
+    [
+        ('model.attention.kernel', 'cosine', r"kernel is 'cosine'; allowed are 'exact', 'softmax'"),
+        ('model.attention.projection', 'hadamard', r"is 'hadamard'; allowed are 'orthogonal'"),
+        ('model.stem', 'hybrid', r"model.stem is 'hybrid'"),
+        ('model.pooling', 'max', r"model.pooling is 'max'"),
+        ('model.num_heads', 3, r'model.width 16 is not divisible by model.num_heads 3'),
+        ('model.patch_size', 5, r'not divisible by model.patch_size 5'),
+        ('optimizer.name', 'lion', r"optimizer.name is 'lion'"),
+        ('dataset.name', 'mnist', r"dataset.name is 'mnist'; allowed are 'cifar10'"),
+        ('dataset.fallback', 'noise', r"dataset.fallback is 'noise'"),
+        ('batch_size', 130, r'130.*4 devices'),
+        ('batch_size', 2000, r'2000.*1149'),
+        ('num_epochs', 0, r'num_epochs is 0; set it to 1 or more'),
+        ('label_smoothing', 1.0, r'label_smoothing is 1.0'),
+        ('test_state', 'worst', r"test_state is 'worst'; allowed are 'best', 'last'"),
+        ('dataset.validation_fraction', 0.0, r"set test_state to 'last'"),
+        ('checkpoint.keep', 0, r'checkpoint.keep is 0'),
+        ('model.attention.redraw_every', -1, r'redraw_every is -1'),
+    ],
+)
+def test_bad_config_is_refused_before_the_workdir_is_made(
+    tiny_config, tmp_path, field, value, message
+):
+    """A message with what was given and what is allowed, and nothing on disk."""
+    with tiny_config.unlocked():
+        tiny_config.update_from_flattened_dict({field: value})
+    with pytest.raises(BadInput, match=message):
+        train.train(tiny_config, tmp_path / 'run')
+    assert not (tmp_path / 'run').exists()
+
+
+def test_another_config_on_a_workdir_is_refused(finished):
+    config, directory, _ = finished
+    other = config.copy_and_resolve_references()
+    other.seed = 1
+    with pytest.raises(BadInput, match='seed: 0 there, 1 here'):
+        train.train(other, directory)

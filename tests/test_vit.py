@@ -1,0 +1,217 @@
+"""The Vision Transformer: shapes, references for its pieces, and what it refuses."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from performer_vit import favor, vit
+from performer_vit.errors import BadInput
+from tests.conftest import load_config
+
+IMAGES = jax.random.normal(jax.random.key(0), (2, 32, 32, 3))
+ATTENTION = functools.partial(favor.FavorAttention, kernel='relu', num_features=8)
+
+
+def small(**fields) -> vit.VisionTransformer:
+    defaults = {
+        'num_classes': 10, 'attention': ATTENTION, 'stem': 'patch', 'patch_size': 8, 'width': 16,
+        'depth': 2, 'num_heads': 2, 'mlp_dim': 32, 'stem_channels': (4, 8),
+    }  # fmt: skip
+    return vit.VisionTransformer(**{**defaults, **fields})
+
+
+def randomised(variables, seed: int = 7):
+    """Every parameter replaced by noise: the head starts at zero, which would hide defects."""
+    leaves, tree = jax.tree.flatten(variables['params'])
+    keys = jax.random.split(jax.random.key(seed), len(leaves))
+    leaves = [0.3 * jax.random.normal(k, x.shape) for k, x in zip(keys, leaves, strict=True)]
+    return {**variables, 'params': jax.tree.unflatten(tree, leaves)}
+
+
+@pytest.mark.parametrize('stem', vit.STEMS)
+@pytest.mark.parametrize('patch_size, tokens', [(8, 16), (4, 64), (2, 256), (1, 1024)])
+def test_both_stems_give_a_real_token_grid(stem, patch_size, tokens):
+    """Catches a stem that flattens the image to one token, or shrinks it by another factor."""
+    model = small(stem=stem, patch_size=patch_size, depth=1)
+    shapes = jax.eval_shape(
+        lambda: model.init_with_output(
+            jax.random.key(0), IMAGES, mutable=['params', 'projections', 'intermediates']
+        )
+    )
+    logits, variables = shapes
+    side = 32 // patch_size
+    assert logits.shape == (2, 10) and logits.dtype == jnp.float32
+    assert variables['intermediates']['grid'][0].shape == (2, side, side, 16)
+    assert variables['intermediates']['encoded'][0].shape == (2, tokens, 16)
+    assert vit.num_tokens(model, (32, 32, 3)) == tokens
+
+
+@pytest.mark.parametrize('pooling', vit.POOLINGS)
+@pytest.mark.parametrize('position', vit.POSITIONS)
+def test_poolings_and_positions(pooling, position):
+    """Catches a class token that is not added, or a pooling that keeps the token axis."""
+    model = small(pooling=pooling, position=position)
+    variables = model.init(jax.random.key(0), IMAGES)
+    logits, seen = model.apply(randomised(variables), IMAGES, mutable=['intermediates'])
+    assert logits.shape == (2, 10) and bool(jnp.isfinite(logits).all())
+    extra = 1 if pooling == 'cls' else 0
+    assert seen['intermediates']['encoded'][0].shape == (2, 16 + extra, 16)
+    assert seen['intermediates']['pooled'][0].shape == (2, 16)
+    assert ('position_embedding' in variables['params']) == (position == 'learned')
+
+
+def test_gap_is_the_mean_over_tokens():
+    model = small(pooling='gap')
+    variables = randomised(model.init(jax.random.key(0), IMAGES))
+    _, seen = model.apply(variables, IMAGES, mutable=['intermediates'])
+    seen = seen['intermediates']
+    np.testing.assert_allclose(
+        seen['pooled'][0], np.mean(seen['encoded'][0], axis=1), rtol=1e-4, atol=1e-5
+    )
+
+
+def test_space_to_depth_against_loops():
+    """Catches axes in the wrong order, which would scramble the patches."""
+    images = np.arange(2 * 4 * 6 * 3, dtype=np.float32).reshape(2, 4, 6, 3)
+    expected = np.zeros((2, 2, 3, 12), np.float32)
+    for y in range(2):
+        for x in range(3):
+            block = images[:, 2 * y : 2 * y + 2, 2 * x : 2 * x + 2, :]
+            expected[:, y, x] = block.reshape(2, -1)
+    np.testing.assert_array_equal(vit.space_to_depth(jnp.asarray(images), 2), expected)
+
+
+def test_patch_stem_is_the_strided_convolution():
+    """Independent reference: the convolution with stride p that ViTs are usually written with."""
+    stem = vit.PatchStem(patch_size=4, width=5, dtype=jnp.float32)
+    variables = stem.init(jax.random.key(1), IMAGES)
+    kernel = variables['params']['embedding']['kernel'].reshape(4, 4, 3, 5)
+    expected = jax.lax.conv_general_dilated(
+        IMAGES, kernel, (4, 4), 'VALID', dimension_numbers=('NHWC', 'HWIO', 'NHWC')
+    )
+    np.testing.assert_allclose(stem.apply(variables, IMAGES), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_sine_position_closed_form():
+    """sin and cos of y·ω and x·ω, and no two places alike."""
+    table = vit.sine_position_2d(3, 5, 8)
+    y, x = 2, 3
+    row = table[y * 5 + x]
+    frequency = np.array([1.0, 1e-4])
+    expected = np.concatenate(
+        [np.sin(y * frequency), np.cos(y * frequency), np.sin(x * frequency), np.cos(x * frequency)]
+    )
+    np.testing.assert_allclose(row, expected, atol=1e-6)
+    assert len(np.unique(table.round(6), axis=0)) == 15
+
+
+def test_kernel_alone_makes_a_performer_of_a_vit():
+    """ViT and Performers start from the same weights, bit for bit: a comparison changes one thing.
+
+    Catches a kernel that changes the names or the order of the other parameters.
+    """
+    first = {}
+    for kernel in ('exact', 'softmax', 'relu', 'gelu', 'elu'):
+        model = small(attention=functools.partial(favor.FavorAttention, kernel=kernel,
+                                                  num_features=8))  # fmt: skip
+        first[kernel] = model.init(jax.random.key(0), IMAGES)['params']
+    for kernel, params in first.items():
+        assert jax.tree.structure(params) == jax.tree.structure(first['exact']), kernel
+        jax.tree.map(np.testing.assert_array_equal, params, first['exact'])
+
+
+@pytest.mark.parametrize('kernel', ['exact', 'relu', 'softmax'])
+def test_attention_maps_are_intermediates(kernel):
+    """Every block gives its map by name, (B, H, N, N), and its rows are distributions."""
+    model = small(attention=functools.partial(favor.FavorAttention, kernel=kernel, num_features=8))
+    variables = randomised(model.init(jax.random.key(0), IMAGES))
+    _, seen = model.apply(variables, IMAGES, mutable=['intermediates'])
+    for block in ('encoder_0', 'encoder_1'):
+        attention = seen['intermediates'][block]['self_attention']['attention']
+        (matrix,) = attention['attention_map']
+        assert matrix.shape == (2, 2, 16, 16)
+        np.testing.assert_allclose(matrix.sum(-1), 1.0, atol=1e-4)
+        assert (np.asarray(matrix) >= 0).all()
+    assert {'block_0', 'block_1', 'grid', 'encoded', 'pooled'} <= set(seen['intermediates'])
+
+
+@pytest.mark.parametrize('kernel', ['exact', 'relu', 'softmax'])
+def test_bfloat16_computes_in_bfloat16_on_float32_weights(kernel):
+    """Catches weights stored in bfloat16, and a computation that is float32 all the same."""
+    attention = functools.partial(favor.FavorAttention, kernel=kernel, num_features=8)
+    model = small(attention=attention)
+    low = small(
+        attention=functools.partial(attention, dtype=jnp.bfloat16), dtype=jnp.bfloat16
+    )
+    variables = randomised(low.init(jax.random.key(0), IMAGES))
+    assert {x.dtype for x in jax.tree.leaves(variables)} == {jnp.dtype('float32')}
+    logits, seen = low.apply(variables, IMAGES, mutable=['intermediates'])
+    assert logits.dtype == jnp.float32
+    assert seen['intermediates']['block_1'][0].dtype == jnp.bfloat16
+    full = model.apply(variables, IMAGES)
+    difference = float(jnp.abs(logits - full).max() / jnp.abs(full).max())
+    assert 1e-6 < difference < 0.1
+
+
+def test_dropout_is_for_training_alone():
+    model = small(dropout_rate=0.5, drop_path_rate=0.5)
+    variables = randomised(model.init(jax.random.key(0), IMAGES))
+    apply = functools.partial(model.apply, variables, IMAGES)
+    np.testing.assert_array_equal(apply(), apply())
+    one, other = (apply(train=True, rngs={'dropout': jax.random.key(k)}) for k in (1, 2))
+    assert float(jnp.abs(one - other).max()) > 1e-3
+
+
+def test_stochastic_depth_drops_whole_images_and_keeps_the_mean():
+    """Catches an element-wise dropout, and a missing division by 1 − rate.
+
+    With 4,000 images the mean of the kept ones, 1.0 expected, has a standard deviation of
+    sqrt(0.25/0.75/4000) = 0.009: the bound is 5 of them.
+    """
+    ones = jnp.ones((4000, 3, 2))
+    dropped = vit.DropPath(0.25).apply({}, ones, train=True, rngs={'dropout': jax.random.key(0)})
+    per_image = np.asarray(dropped).reshape(4000, -1)
+    assert (per_image == per_image[:, :1]).all()
+    np.testing.assert_allclose(np.unique(per_image), [0.0, 1 / 0.75], rtol=1e-6)
+    assert abs(per_image.mean() - 1.0) < 5 * 0.0092
+    np.testing.assert_array_equal(vit.DropPath(0.25).apply({}, ones, train=False), ones)
+
+
+@pytest.mark.parametrize(
+    'fields, message',
+    [
+        ({'stem': 'hybrid'}, r"model.stem is 'hybrid'; allowed are 'patch', 'conv'"),
+        ({'pooling': 'max'}, r"model.pooling is 'max'; allowed are 'gap', 'cls', 'map'"),
+        ({'position': 'rope'}, r"model.position is 'rope'; allowed are 'learned', 'sine'"),
+        ({'num_heads': 3}, r'model.width 16 is not divisible by model.num_heads 3'),
+        ({'patch_size': 5}, r'32×32 pixels are not divisible by model.patch_size 5'),
+        ({'stem': 'conv', 'stem_channels': ()}, r'needs model.stem_channels'),
+        ({'depth': 0}, r'model.depth is 0; set it to 1 or more'),
+        ({'dropout_rate': 1.0}, r'model.dropout_rate is 1.0'),
+        ({'position': 'sine', 'width': 18}, r'divisible by 4, but width is 18'),
+    ],
+)
+def test_bad_input(fields, message):
+    with pytest.raises(BadInput, match=message):
+        jax.eval_shape(small(**fields).init, jax.random.key(0), IMAGES)
+
+
+def test_config_builds_the_study_vit():
+    """The study's ViT: patch 4, width 256, depth 8, 8 heads, MLP 512; its parameters by hand."""
+    config = load_config('vit', 'study')
+    model = vit.from_config(config.model, num_classes=10, seed=0)
+    variables = jax.eval_shape(model.init, jax.random.key(0), IMAGES)
+    count = sum(leaf.size for leaf in jax.tree.leaves(variables['params']))
+    width, mlp = 256, 512
+    block = 4 * (width * width + width) + 2 * width * mlp + mlp + width + 4 * width
+    assert count == 48 * width + width + 64 * width + 8 * block + 2 * width + 10 * width + 10
+
+
+def test_config_with_an_unknown_dtype():
+    config = load_config('vit')
+    config.model.dtype = 'float8'
+    with pytest.raises(BadInput, match="model.dtype is 'float8'; allowed are 'float32'"):
+        vit.from_config(config.model, num_classes=10, seed=0)

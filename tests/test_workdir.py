@@ -1,0 +1,72 @@
+"""The small files of a run, and whose a workdir is."""
+
+import pytest
+
+from performer_vit import workdir
+from performer_vit.errors import BadInput
+
+ROW = {
+    'dataset': 'digits', 'epoch': 1, 'step': 9, 'train_loss': 0.1 + 0.2, 'train_accuracy': 0.5,
+    'validation_loss': None, 'validation_accuracy': None, 'learning_rate': 1e-3, 'seconds': 2.0,
+}  # fmt: skip
+CONFIG = {'seed': 0, 'model': {'width': 16, 'stem_channels': (32, 64)}, 'dataset': {'data_dir': ''}}
+
+
+def test_history_comes_back_as_it_was(tmp_path):
+    """Catches floats that lose digits, and a missing validation that turns into 0 or 'None'."""
+    rows = [ROW, {**ROW, 'epoch': 2, 'validation_loss': 1 / 3, 'validation_accuracy': 0.25}]
+    workdir.write_history(tmp_path / 'history.csv', rows)
+    assert workdir.read_history(tmp_path / 'history.csv') == rows
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path):
+    path = tmp_path / 'results.json'
+    workdir.write_json(path, {'a': 1})
+    with pytest.raises(TypeError):
+        workdir.write_json(path, {'a': object()})
+    assert workdir.read_json(path) == {'a': 1}
+
+
+def test_claiming_twice_is_going_on(tmp_path):
+    workdir.claim(tmp_path / 'run', CONFIG, 'digits')
+    workdir.claim(tmp_path / 'run', CONFIG, 'digits')
+
+
+def test_another_place_of_the_data_is_no_other_run(tmp_path):
+    workdir.claim(tmp_path, CONFIG, 'cifar10')
+    workdir.claim(tmp_path, {**CONFIG, 'dataset': {'data_dir': '/data'}}, 'cifar10')
+
+
+def test_another_config_is_refused_with_the_difference(tmp_path):
+    """Catches a run that goes on from the checkpoints of another one."""
+    workdir.claim(tmp_path, CONFIG, 'digits')
+    other = {**CONFIG, 'model': {'width': 32, 'stem_channels': (32, 64)}}
+    with pytest.raises(BadInput, match=r'model.width: 16 there, 32 here(?s:.*)--workdir'):
+        workdir.claim(tmp_path, other, 'digits')
+    with pytest.raises(BadInput, match=r"dataset_read: 'digits' there, 'cifar10' here"):
+        workdir.claim(tmp_path, CONFIG, 'cifar10')
+    with pytest.raises(BadInput, match=r"model.depth: 'absent' there, 2 here"):
+        workdir.claim(tmp_path, {**CONFIG, 'model': {**CONFIG['model'], 'depth': 2}}, 'digits')
+
+
+def test_a_workdir_that_cannot_be_written(tmp_path):
+    (tmp_path / 'file').write_text('in the way')
+    with pytest.raises(BadInput, match=r'cannot be written .*--workdir=DIR'):
+        workdir.claim(tmp_path / 'file' / 'run', CONFIG, 'digits')
+    with pytest.raises(BadInput, match=r'cannot be written'):
+        workdir.claim('/proc/performer_vit', CONFIG, 'digits')
+
+
+def test_broken_files_are_named(tmp_path):
+    with pytest.raises(BadInput, match=r'config.json does not exist: give the --workdir'):
+        workdir.read_json(tmp_path / 'config.json')
+    (tmp_path / 'config.json').write_text('{"a":')
+    with pytest.raises(BadInput, match=r'config.json is not valid JSON'):
+        workdir.read_json(tmp_path / 'config.json')
+
+
+def test_run_names_are_readable_and_safe():
+    changes = {'num_epochs': 3, 'dataset.data_dir': '/secret', 'model.stem_channels': (8, 16)}
+    name = workdir.run_name('configs/performer_relu.py', 'cifar10,study', changes)
+    assert name == 'performer_relu-study-model.stem_channels=_8,_16_-num_epochs=3'
+    assert str(workdir.default_workdir('vit', 'digits')) == 'runs/digits/vit'
