@@ -32,6 +32,7 @@ setup(
         'numpy>=2.4',
         'optax>=0.2.8',
         'orbax-checkpoint>=0.12.8',
+        'requests>=2.32',
         'scikit-learn>=1.9',
         # clu.metric_writers imports it, and TensorFlow no longer brings it.
         'tensorboard>=2.21',

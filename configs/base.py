@@ -26,7 +26,7 @@ def get_config(arguments: str = '') -> ConfigDict:
     config = ConfigDict()
     config.seed = 0  # Of the weights, the projections, the order of images, and augmentation.
     config.num_epochs = 30
-    config.batch_size = 128  # Over all devices.
+    config.batch_size = 64  # Over all devices.
 
     config.dataset = ConfigDict()
     config.dataset.name = datasets[0] if datasets else 'cifar10'
@@ -68,14 +68,14 @@ def get_config(arguments: str = '') -> ConfigDict:
 
     config.optimizer = ConfigDict()
     config.optimizer.name = 'adamw'  # Or 'adam', 'sgd'.
-    config.optimizer.learning_rate = 3e-3  # The highest that the schedule reaches.
+    config.optimizer.learning_rate = 2e-3  # The highest that the schedule reaches.
     config.optimizer.schedule = 'cosine'  # Or 'step'.
     config.optimizer.warmup_epochs = 1.0
     config.optimizer.decay_epochs = 5.0  # 'step': every so many epochs…
     config.optimizer.decay_factor = 0.5  # …the rate is multiplied by this.
     config.optimizer.momentum = 0.9  # Of 'sgd'.
     config.optimizer.weight_decay = 0.05  # Not on biases, norms and embeddings.
-    config.optimizer.clip_norm = 1.0  # Largest global norm of a gradient; 0.0: no clipping.
+    config.optimizer.clip_norm = 5.0  # Largest global norm of a gradient; 0.0: no clipping.
 
     config.label_smoothing = 0.1
     config.ema_decay = 0.999  # Exponential moving average of the weights, evaluated; 0.0: none.

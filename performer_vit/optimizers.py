@@ -61,12 +61,12 @@ def learning_rate(optimizer, steps_per_epoch: int, num_epochs: int) -> optax.Sch
 
 
 def is_decayed(params) -> object:
-    """A tree of booleans: True for the kernels of dense and convolutional layers.
+    """A tree of booleans: True for the kernels of dense and convolutional layers, fθ's too.
 
     Biases, norms, embeddings and fθ's scalars are left out of weight decay: they have few values,
     and pulling them to zero changes the function, not its smoothness.
     """
-    return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key == 'kernel', params)
+    return jax.tree.map_with_path(lambda path, _: path[-1].key.endswith('kernel'), params)
 
 
 def create(optimizer, schedule: optax.Schedule) -> optax.GradientTransformation:

@@ -1,4 +1,4 @@
-"""Quadratic attention in plain NumPy float64, written from the formulas: what the tests compare to."""
+"""Quadratic attention in plain NumPy float64, from the formulas: what the tests compare to."""
 
 import math
 

@@ -12,11 +12,11 @@ from performer_vit import projections
 from performer_vit.errors import BadInput
 
 # R below, at, above and not a multiple of D.
-SIZES = ((5, 16), (16, 16), (40, 16), (48, 16), (3, 1))
+SIZES = ((5, 16), (16, 16), (40, 16), (3, 1))
 
 
-@pytest.mark.parametrize('row_norms', projections.ROW_NORMS)
 @pytest.mark.parametrize(('num_features', 'dim'), SIZES)
+@pytest.mark.parametrize('row_norms', projections.ROW_NORMS)
 def test_rows_are_orthogonal_within_blocks(num_features, dim, row_norms):
     """Catches plain Gaussian rows, blocks cut at the wrong place, and columns taken for rows."""
     w = np.asarray(projections.orthogonal(jax.random.key(0), num_features, dim, row_norms))
@@ -48,16 +48,15 @@ def test_gaussian_norms_are_chi_distributed(draw):
     assert stats.kstest(np.sum(w**2, axis=1), stats.chi2(8).cdf).pvalue > 1e-4
 
 
-@pytest.mark.parametrize('row', [0, 3])
-def test_rows_of_orthogonal_are_gaussian_vectors(row):
+def test_rows_of_orthogonal_are_gaussian_vectors():
     """Each entry of a row is N(0, 1) over draws; false alarm once in 10,000 seeds per entry.
 
     Catches QR's signs left as LAPACK chose them, which makes the first row's first entry negative
     in every draw.
     """
     keys = jax.random.split(jax.random.key(3), 2000)
-    rows = jax.vmap(lambda key: projections.orthogonal(key, 4, 4))(keys)[:, row]
-    for entry in np.asarray(rows).T:
+    rows = jax.vmap(lambda key: projections.orthogonal(key, 4, 4))(keys)
+    for entry in np.asarray(rows)[:, [0, 3]].reshape(2000, 8).T:
         assert stats.kstest(entry, stats.norm.cdf).pvalue > 1e-4
 
 
