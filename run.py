@@ -22,14 +22,19 @@ _MODE = flags.DEFINE_enum(
 
 def _parse(argv: list[str]) -> list[str]:
     try:
-        return flags.FLAGS(argv)
+        rest = flags.FLAGS(argv)
+        if flags.FLAGS['config'].present:
+            _ = _CONFIG.value.seed  # A file that cannot be loaded is reported only here.
+        return rest
     except flags.Error as error:
-        _fail(error)
+        # ml_collections puts the traceback of a config into its message; the last line tells why.
+        reason = str(error).strip()
+        _fail(reason.splitlines()[-1] if 'Traceback' in reason else reason)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         reason = str(error).strip('\'"').replace('\\n', '\n').replace("\\'", "'")
         _fail(f'--config: {reason}\nconfigs/base.py lists every field with its default.')
     except OSError as error:
-        _fail(f'--config cannot be loaded: {error}')
+        _fail(f'--config cannot be loaded: {str(error).splitlines()[-1].strip()}')
 
 
 def _fail(reason: object) -> None:
@@ -40,30 +45,31 @@ def _fail(reason: object) -> None:
 def _main(argv: list[str]) -> None:
     if len(argv) > 1:
         _fail(f'unknown arguments {argv[1:]}; all are flags: --config=FILE --workdir=DIR …')
+    evaluates = _MODE.value == 'evaluate'
+    config_flag = flags.FLAGS['config']
+    if evaluates and not _WORKDIR.value:
+        _fail('--mode=evaluate needs the --workdir=DIR of a run to evaluate.')
+    if evaluates and config_flag.present:
+        _fail(
+            '--mode=evaluate takes its config from the workdir: leave --config out, or train it '
+            'with --mode=train.'
+        )
+    if not evaluates and not config_flag.present:
+        _fail('--config is missing; an example is --config=configs/performer_relu.py')
+
     # The log of TensorFlow and of JAX's start says nothing about the user's run.
     logging.set_verbosity(logging.WARNING)
     os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')
     # JAX and Flax take seconds to import; a mistyped flag should not.
     from performer_vit import evaluate, train, workdir
 
-    config_flag = flags.FLAGS['config']
     try:
-        if _MODE.value == 'evaluate':
-            if not _WORKDIR.value:
-                _fail('--mode=evaluate needs the --workdir=DIR of a run to evaluate.')
-            if config_flag.present:
-                _fail(
-                    '--mode=evaluate takes its config from the workdir: leave --config out, or '
-                    'train it with --mode=train.'
-                )
+        if evaluates:
             evaluate.evaluate_run(_WORKDIR.value)
             return
-        if not config_flag.present:
-            _fail('--config is missing; an example is --config=configs/performer_relu.py')
         path, _, arguments = config_flags.get_config_filename(config_flag).partition(':')
         overrides = config_flags.get_override_values(config_flag)
-        name = workdir.run_name(path, arguments, overrides)
-        train.train(_CONFIG.value, _WORKDIR.value, name)
+        train.train(_CONFIG.value, _WORKDIR.value, workdir.run_name(path, arguments, overrides))
     except (BadInput, FloatingPointError) as error:
         _fail(error)
 

@@ -92,7 +92,12 @@ def get_config(arguments: str = '') -> ConfigDict:
     if sizes == ['study']:
         # The ViT of the study that this project reimplements.
         config.model.update(
-            stem='patch', patch_size=4, width=256, depth=8, num_heads=8, mlp_dim=512,
+            stem='patch',
+            patch_size=4,
+            width=256,
+            depth=8,
+            num_heads=8,
+            mlp_dim=512,
             dropout_rate=0.1,
         )
     return config

@@ -2,8 +2,8 @@
 
     python run.py --config=configs/performer_ftheta.py
 
-The ViT of `configs/vit.py` with another attention kernel, and nothing else changed. The mixture of a
-ReLU and an exponential branch is `--config.model.attention.kernel=ftheta_mixture`.
+The ViT of `configs/vit.py` with another attention kernel, and nothing else changed. The mixture of
+a ReLU and an exponential branch is `--config.model.attention.kernel=ftheta_mixture`.
 """
 
 from ml_collections import ConfigDict

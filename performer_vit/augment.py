@@ -98,6 +98,7 @@ def augment(
     Raises:
         BadInput: padding out of range.
     """
+
     def keys_of(draw):
         return jax.vmap(lambda i: jax.random.fold_in(jax.random.fold_in(step_key, i), draw))
 

@@ -143,7 +143,7 @@ def train_step(config, rounds: int) -> dict:
         def observe(step: int, metrics: dict) -> None:
             values = {name: train.scalar(value) for name, value in metrics.items()}
             train.raise_if_bad(values.pop('first_bad_step'))
-            shown.steps_done(step, values, float(training.schedule(step)))
+            shown.steps_done(step, values)
 
         contenders = {
             'peak': matmul_peak(),

@@ -48,9 +48,7 @@ def exact_attention(
     return jnp.swapaxes(output, -3, -2)
 
 
-def attention_matrix(
-    query: jax.Array, key: jax.Array, mask: jax.Array | None = None
-) -> jax.Array:
+def attention_matrix(query: jax.Array, key: jax.Array, mask: jax.Array | None = None) -> jax.Array:
     """The weights softmax(q kᵀ/√D), formed at O(N·M) memory per head.
 
     Args:

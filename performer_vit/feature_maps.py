@@ -120,9 +120,7 @@ def elu(x: jax.Array, projection: jax.Array | None = None) -> jax.Array:
     return _normalise(value + EPSILON)
 
 
-def init_theta(
-    key: jax.Array, dim: int, hidden: int, num_features: int, *, mixture: bool
-) -> Theta:
+def init_theta(key: jax.Array, dim: int, hidden: int, num_features: int, *, mixture: bool) -> Theta:
     """Initial weights of the learnable feature map fθ.
 
     Kernels are normal with variance 1/fan-in (LeCun), biases 0; the mixture starts at equal weights

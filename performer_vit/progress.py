@@ -71,12 +71,11 @@ class Progress:
         """Starts the clock of images/s anew: what came before `step` was not training."""
         self._step, self._time = step, time.perf_counter()
 
-    def steps_done(self, step: int, metrics: dict[str, float], learning_rate: float) -> None:
+    def steps_done(self, step: int, metrics: dict[str, float]) -> None:
         """Shows that training has come to `step`, with the metrics of its last step."""
         now = time.perf_counter()
         images = (step - self._step) * self._batch_size
         scalars = {f'train/{name}': value for name, value in metrics.items()}
-        scalars['train/learning_rate'] = learning_rate
         scalars['train/images_per_second'] = images / (now - self._time)
         self._step, self._time = step, now
         self._writer.write_scalars(step, scalars)

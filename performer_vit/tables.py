@@ -30,7 +30,7 @@ def read(directory: str | pathlib.Path) -> list[dict]:
 def markdown(rows: list[dict]) -> str:
     """A Markdown table, a row a run: accuracy, seconds, size. Nothing in it was not measured."""
     lines = [
-        '| model | test accuracy | validation accuracy | train s/epoch | inference s | parameters |',
+        '| model | test accuracy | validation accuracy | s/epoch | inference s | parameters |',
         '| --- | ---: | ---: | ---: | ---: | ---: |',
     ]
     for row in rows:

@@ -67,6 +67,7 @@ def check(config) -> None:
 def make_train_step(
     model: vit.VisionTransformer,
     tx: optax.GradientTransformation,
+    schedule: optax.Schedule,
     config,
     dataset: datasets.Dataset,
     steps_per_epoch: int,
@@ -75,9 +76,9 @@ def make_train_step(
 
     The step takes a `TrainState` and a device's share of a batch of
     `input_pipeline.train_batches`, and returns the new state and the step's metrics: `loss`
-    (nats), `accuracy` (0 to 1), `grad_norm` (before clipping), `first_bad_step`, each a scalar
-    averaged over devices. Nothing in it depends on how the batch is spread over devices, except
-    for dropout, whose masks are drawn on each device.
+    (nats), `accuracy` (0 to 1), `grad_norm` (before clipping), `learning_rate`, `first_bad_step`,
+    each a scalar that all devices share. Nothing in it depends on how the batch is spread over
+    devices, except for dropout, whose masks are drawn on each device.
     """
     attention = config.model.attention
 
@@ -138,6 +139,7 @@ def make_train_step(
             name: jnp.where(starts_epoch, 0.0, state.epoch_sums[name]) + value
             for name, value in (('loss', loss), ('accuracy', accuracy))
         }
+        learning_rate = jnp.asarray(schedule(state.step), jnp.float32)
         state = TrainState(
             step=state.step + 1,
             params=params,
@@ -151,6 +153,7 @@ def make_train_step(
             'loss': loss,
             'accuracy': accuracy,
             'grad_norm': grad_norm,
+            'learning_rate': learning_rate,
             'first_bad_step': first_bad_step,
         }
         return state, metrics
@@ -222,14 +225,12 @@ def stops_early(history: list[dict], patience: int) -> bool:
     return 0 < patience < len(losses) and min(losses[-patience:]) >= min(losses[:-patience])
 
 
-Training = collections.namedtuple(
-    'Training', 'model schedule step_fn state steps_per_epoch num_params'
-)
+Training = collections.namedtuple('Training', 'model step_fn state steps_per_epoch num_params')
 Training.__doc__ = """What a training consists of before it is compiled: see `prepare`."""
 
 
 def prepare(config, dataset: datasets.Dataset) -> Training:
-    """Model, schedule, step and first state of a config on a data set; all input is checked."""
+    """Model, step and first state of a config on a data set; all input is checked."""
     num_images = len(dataset.train.labels)
     input_pipeline.check_batch_size(config.batch_size, jax.device_count(), num_images)
     steps_per_epoch = num_images // config.batch_size
@@ -240,8 +241,8 @@ def prepare(config, dataset: datasets.Dataset) -> Training:
         model, tx, dataset.image_shape, config.seed, ema=config.ema_decay > 0
     )
     num_params = sum(leaf.size for leaf in jax.tree.leaves(state.params))
-    step_fn = make_train_step(model, tx, config, dataset, steps_per_epoch)
-    return Training(model, schedule, step_fn, state, steps_per_epoch, num_params)
+    step_fn = make_train_step(model, tx, schedule, config, dataset, steps_per_epoch)
+    return Training(model, step_fn, state, steps_per_epoch, num_params)
 
 
 def compile_step(training: Training, state: TrainState, batch: dict) -> Callable:
@@ -304,15 +305,13 @@ def train(config, workdir: str | os.PathLike | None = None, run_name: str = 'run
     def observe(step: int, metrics: dict) -> None:
         values = {name: scalar(value) for name, value in metrics.items()}
         raise_if_bad(values.pop('first_bad_step'))
-        shown.steps_done(step, values, float(training.schedule(step - 1)))
+        shown.steps_done(step, values)
 
     try:
         for epoch in range(len(history), config.num_epochs):
             if stops_early(history, config.early_stopping_patience):
                 break
-            steps = range(
-                epoch * training.steps_per_epoch, (epoch + 1) * training.steps_per_epoch
-            )
+            steps = range(epoch * training.steps_per_epoch, (epoch + 1) * training.steps_per_epoch)
             started = time.perf_counter()
             state, metrics = run_steps(
                 train_step, state, batches, steps, config.log_every_steps, observe
@@ -327,7 +326,7 @@ def train(config, workdir: str | os.PathLike | None = None, run_name: str = 'run
                 'train_accuracy': scalar(state.epoch_sums['accuracy']) / len(steps),
                 'validation_loss': None,
                 'validation_accuracy': None,
-                'learning_rate': float(training.schedule(steps.stop - 1)),
+                'learning_rate': scalar(metrics['learning_rate']),
                 'seconds': seconds,
             }
             if dataset.validation is not None:

@@ -129,8 +129,7 @@ def claim(workdir: str | os.PathLike, config: Mapping, dataset_read: str) -> pat
     differences = [
         f'  {field}: {theirs.get(field, "absent")!r} there, {ours.get(field, "absent")!r} here'
         for field in sorted(set(theirs) | set(ours))
-        if field not in _WHEREABOUTS
-        and theirs.get(field, 'absent') != ours.get(field, 'absent')
+        if field not in _WHEREABOUTS and theirs.get(field, 'absent') != ours.get(field, 'absent')
     ]
     if differences:
         raise BadInput(

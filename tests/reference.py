@@ -40,9 +40,7 @@ def attention_matrix(kernel, query, key, mask=None, projection=None, theta=None)
     else:
         query_log = np.moveaxis(log_features(kernel, query, projection, theta), -2, -3)
         key_log = np.moveaxis(log_features(kernel, key, projection, theta), -2, -3)
-        logits = np.logaddexp.reduce(
-            query_log[..., :, None, :] + key_log[..., None, :, :], axis=-1
-        )
+        logits = np.logaddexp.reduce(query_log[..., :, None, :] + key_log[..., None, :, :], axis=-1)
     mask = np.broadcast_to(True if mask is None else mask, logits.shape)
     logits = np.where(mask, logits, -np.inf)
     largest = np.max(logits, axis=-1, keepdims=True)

@@ -55,9 +55,7 @@ def test_padding_zero_is_the_identity():
     images = jnp.asarray(_noise((3, 4, 4, 3)))
     keys = jax.random.split(jax.random.key(0), 3)
     np.testing.assert_array_equal(augment.random_crop(keys, images, 0), images)
-    augmented = augment.augment(
-        jax.random.key(0), jnp.arange(3), images, padding=0, flip=False
-    )
+    augmented = augment.augment(jax.random.key(0), jnp.arange(3), images, padding=0, flip=False)
     np.testing.assert_array_equal(augmented, images)
 
 
@@ -85,9 +83,11 @@ def test_offsets_and_flips_are_uniform_and_independent():
     both use one key, and positions that share a key."""
     padding, size, batch = 2, 12, 5000
     result = np.asarray(
-        jax.jit(lambda key, images: augment.augment(
-            key, jnp.arange(batch), images, padding=padding, flip=True
-        ))(jax.random.key(3), _coordinates(batch, size))
+        jax.jit(
+            lambda key, images: augment.augment(
+                key, jnp.arange(batch), images, padding=padding, flip=True
+            )
+        )(jax.random.key(3), _coordinates(batch, size))
     ).astype(int)
     # At the centre nothing is reflected, so the pixels tell where they came from.
     middle = size // 2

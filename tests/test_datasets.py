@@ -79,12 +79,14 @@ def prepared_once(tmp_path_factory):
                     example = tf.train.Example(features=tf.train.Features(feature=feature))
                     writer.write(example.SerializeToString())
                     index += 1
-        infos.append({
-            'name': split,
-            'filepathTemplate': '{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}',
-            'numBytes': '1',
-            'shardLengths': [str(length) for length in lengths],
-        })
+        infos.append(
+            {
+                'name': split,
+                'filepathTemplate': '{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}',
+                'numBytes': '1',
+                'shardLengths': [str(length) for length in lengths],
+            }
+        )
     features = {
         'pythonClassName': 'tensorflow_datasets.core.features.features_dict.FeaturesDict',
         'featuresDict': {'features': _FEATURES},
@@ -125,6 +127,7 @@ def _one_line(text):
 
 
 # ------------------------------------------------------------------ reading
+
 
 def test_prepared_directory_is_read_in_order_and_whole(prepared_once):
     """Would catch shuffled shards, images beside the wrong labels, a lost last batch."""
@@ -236,6 +239,7 @@ def test_real_cifar10():
 
 # ------------------------------------------------------------------ what cannot be had
 
+
 @pytest.mark.parametrize('through', ['argument', 'variable'])
 @pytest.mark.parametrize('exists', [True, False])
 def test_named_directory_without_the_data_set(tmp_path, monkeypatch, offline, through, exists):
@@ -342,10 +346,12 @@ def test_download(monkeypatch, prepared_once, home, works):
 
 # ------------------------------------------------------------------ the probe
 
+
 @contextlib.contextmanager
 def _server(reply):
     """The URL of a server that hands each connection to `reply` in a thread of its own."""
     with socket.create_server(('127.0.0.1', 0)) as listener:
+
         def accept():
             with contextlib.suppress(OSError):
                 while True:
@@ -421,6 +427,7 @@ def test_probe_goes_through_the_proxy_and_gives_up_on_it(no_proxy, monkeypatch):
 
 def test_probe_gives_up_on_a_name_that_hangs(no_proxy, monkeypatch):
     """Would catch a limit on the connection alone: looking up a host's name has none."""
+
     def hang(*_, **__):
         time.sleep(60)
         raise OSError('too late')
@@ -456,6 +463,7 @@ def test_no_tensorflow_on_import():
 
 
 # ------------------------------------------------------------------ digits, splits, checks
+
 
 def test_digits_are_all_there_and_of_three_equal_channels():
     """Would catch digits lost between the splits, and grey levels that overflow or stay dark."""
@@ -549,13 +557,22 @@ def test_no_validation_trains_on_everything():
 
 
 def _images(**changes):
-    arguments = dict(
-        images=np.zeros((20, 4, 4, 3), np.uint8), labels=np.arange(20) % 2,
-        test_images=np.zeros((2, 4, 4, 3), np.uint8), test_labels=np.arange(2),
-    ) | changes
+    arguments = (
+        dict(
+            images=np.zeros((20, 4, 4, 3), np.uint8),
+            labels=np.arange(20) % 2,
+            test_images=np.zeros((2, 4, 4, 3), np.uint8),
+            test_labels=np.arange(2),
+        )
+        | changes
+    )
     return datasets.from_arrays(
-        'own', ['a', 'b'], arguments['images'], arguments['labels'],
-        arguments['test_images'], arguments['test_labels'],
+        'own',
+        ['a', 'b'],
+        arguments['images'],
+        arguments['labels'],
+        arguments['test_images'],
+        arguments['test_labels'],
         validation_fraction=arguments.get('fraction', 0.2),
     )
 

@@ -164,9 +164,7 @@ def test_gradients_against_finite_differences(kernel, masked):
 
         @jax.jit
         def attend(arrays, given):
-            return favor.favor_attention(
-                *arrays, kernel=kernel, mask=jnp.asarray(mask), **given
-            )
+            return favor.favor_attention(*arrays, kernel=kernel, mask=jnp.asarray(mask), **given)
 
         check_grads(
             attend, ((query, key, value), given), order=1, modes=['rev'], atol=1e-5, rtol=1e-5
@@ -365,12 +363,15 @@ def test_bad_fields(fields, message):
         favor.FavorAttention(**fields).init(jax.random.key(0), x, x, x)
 
 
-@pytest.mark.parametrize('fields', [
-    {'kernel': 'relu', 'projection': 'none'},
-    {'kernel': 'relu', 'projection': 'none', 'num_features': D},
-    {'kernel': 'ftheta'},
-    {'kernel': 'exact'},
-])
+@pytest.mark.parametrize(
+    'fields',
+    [
+        {'kernel': 'relu', 'projection': 'none'},
+        {'kernel': 'relu', 'projection': 'none', 'num_features': D},
+        {'kernel': 'ftheta'},
+        {'kernel': 'exact'},
+    ],
+)
 def test_num_features_may_be_left_out(fields):
     """Catches a required R where the head dimension gives it."""
     x = inputs((1,))[0]
@@ -429,7 +430,11 @@ def linen(attention_fn=nn.dot_product_attention, **fields):
 
 def nnx_module(attention_fn=nnx.dot_product_attention, **fields):
     return nnx.MultiHeadAttention(
-        num_heads=H, in_features=8, decode=False, attention_fn=attention_fn, rngs=nnx.Rngs(0),
+        num_heads=H,
+        in_features=8,
+        decode=False,
+        attention_fn=attention_fn,
+        rngs=nnx.Rngs(0),
         **fields,
     )
 
@@ -533,7 +538,10 @@ def test_options_that_cannot_be_honoured_are_refused():
     own = {'promote_dtype'}  # Flax's modules never pass it.
     assert parameters >= set(inspect.signature(nnx.dot_product_attention).parameters) - own
     for name in (
-        'bias', 'einsum_dot_general', 'qk_attn_weights_einsum', 'attn_weights_value_einsum'
+        'bias',
+        'einsum_dot_general',
+        'qk_attn_weights_einsum',
+        'attn_weights_value_einsum',
     ):
         with pytest.raises(BadInput, match=f'{name} is given'):
             fn(*arrays, **{name: jnp.ones(1)})

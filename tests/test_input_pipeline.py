@@ -37,10 +37,12 @@ def test_each_epoch_visits_each_example_at_most_once(batch_size):
     steps = input_pipeline.steps_per_epoch(_N, batch_size)
     assert steps == _N // batch_size
     epochs = [
-        np.concatenate([
-            input_pipeline.batch_indices(0, epoch * steps + i, batch_size, _N)
-            for i in range(steps)
-        ])
+        np.concatenate(
+            [
+                input_pipeline.batch_indices(0, epoch * steps + i, batch_size, _N)
+                for i in range(steps)
+            ]
+        )
         for epoch in range(3)
     ]
     for visited in epochs:
@@ -92,7 +94,9 @@ def test_train_batches_are_the_looked_up_examples(split):
         chosen = input_pipeline.batch_indices(1, step, 4, _N)
         assert batch['image'].shape == (1, 4, 2, 3, 1)
         assert {k: v.dtype.name for k, v in batch.items()} == {
-            'image': 'uint8', 'label': 'int32', 'position': 'int32'
+            'image': 'uint8',
+            'label': 'int32',
+            'position': 'int32',
         }
         np.testing.assert_array_equal(np.ravel(batch['image'][..., 1, 2, 0]), chosen)
         np.testing.assert_array_equal(np.ravel(batch['label']), split.labels[chosen])
@@ -116,9 +120,7 @@ def test_seeds_differ(split):
 @pytest.mark.parametrize('devices', [1, 2, 4])
 def test_shares_are_a_partition_of_the_batch_in_order(processes, devices):
     """Would catch shares that overlap, leave examples out, or come in another order."""
-    shares = [
-        input_pipeline.shard_positions(24, devices, p, processes) for p in range(processes)
-    ]
+    shares = [input_pipeline.shard_positions(24, devices, p, processes) for p in range(processes)]
     for share in shares:
         assert share.shape == (devices, 24 // devices // processes) and share.dtype == np.int32
     np.testing.assert_array_equal(np.concatenate(shares).ravel(), range(24))

@@ -69,9 +69,7 @@ def test_quadratic_against_loops(shape):
     arrays = inputs()
     mask = draw_mask(0.5, shape)
     expected = loops(*arrays, np.broadcast_to(mask, (2, H, N, M)))
-    np.testing.assert_allclose(
-        quadratic_attention(*arrays, mask), expected, rtol=1e-5, atol=1e-6
-    )
+    np.testing.assert_allclose(quadratic_attention(*arrays, mask), expected, rtol=1e-5, atol=1e-6)
 
 
 @settings(max_examples=50, deadline=None)

@@ -61,11 +61,10 @@ def test_rows_of_orthogonal_are_gaussian_vectors():
 
 
 @settings(max_examples=20, deadline=None)
-@given(
-    st.integers(0, 2**31 - 1), st.integers(0, 2**32 - 1), st.integers(0, 2**31 - 1)
-)
+@given(st.integers(0, 2**31 - 1), st.integers(0, 2**32 - 1), st.integers(0, 2**31 - 1))
 def test_draw_is_a_pure_function_that_uses_all_of_its_arguments(seed, layer, number):
     """Catches hidden state, and a seed, layer or draw number left out of the key."""
+
     def draw(*at):
         return np.asarray(projections.draw(*at, 5, 3, 'orthogonal'))
 
@@ -80,6 +79,7 @@ def test_draw_is_a_pure_function_that_uses_all_of_its_arguments(seed, layer, num
 @pytest.mark.parametrize(('num_features', 'dim'), [(5, 16), (100, 24)])
 def test_a_traced_draw_number_gives_the_same_bits(projection, num_features, dim):
     """Catches a redraw inside a jitted step that differs from the one outside."""
+
     def draw(number):
         return projections.draw(7, 5, number, num_features, dim, projection)
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 from flax import jax_utils
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.util.tensor_util import make_ndarray
 
 from performer_vit import (
     checkpoints,
@@ -16,11 +18,11 @@ from performer_vit import (
     evaluate,
     input_pipeline,
     optimizers,
-    projections,
     train,
     workdir,
 )
 from performer_vit.errors import BadInput
+from performer_vit.favor import redraw_projections
 from tests.conftest import load_config
 
 CONFIGS = (
@@ -35,7 +37,7 @@ def digits() -> datasets.Dataset:
 
 
 def train_for(config, dataset, num_steps: int, num_devices: int = 1):
-    """State (one replica) and metrics of each step, by the step that training uses."""
+    """The states before and after each step (one replica), and each step's metrics."""
     training = train.prepare(config, dataset)
     devices = jax.devices()[:num_devices]
     step = jax.pmap(training.step_fn, axis_name='batch', devices=devices)
@@ -44,11 +46,12 @@ def train_for(config, dataset, num_steps: int, num_devices: int = 1):
         dataset.train, seed=config.seed, batch_size=config.batch_size, first_step=0,
         num_steps=num_steps, devices=devices,
     )  # fmt: skip
-    metrics = []
+    states, metrics = [state], []
     for batch in batches:
         state, values = step(state, batch)
+        states.append(state)
         metrics.append({name: train.scalar(value) for name, value in values.items()})
-    return jax.tree.map(lambda x: np.asarray(x)[0], state), metrics
+    return [jax.tree.map(lambda x: np.asarray(x)[0], state) for state in states], metrics
 
 
 def first_images(dataset: datasets.Dataset, count: int) -> datasets.Dataset:
@@ -74,15 +77,14 @@ def test_four_devices_equal_one(tiny_config):
     projections that depend on the number of devices. Differences are those of rounding."""
     tiny_config.optimizer.warmup_epochs = 0.0
     tiny_config.model.attention.redraw_every = 2
-    one, metrics_one = train_for(tiny_config, digits(), 4, num_devices=1)
-    four, metrics_four = train_for(tiny_config, digits(), 4, num_devices=4)
+    (start, *_, one), metrics_one = train_for(tiny_config, digits(), 4, num_devices=1)
+    (*_, four), metrics_four = train_for(tiny_config, digits(), 4, num_devices=4)
     for a, b in zip(metrics_one, metrics_four, strict=True):
         assert a == pytest.approx(b, rel=1e-4)
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=2e-5), one.params, four.params
     )
-    start = train.prepare(tiny_config, digits()).state.params
-    moved = jax.tree.map(lambda a, b: float(np.abs(a - b).max()), one.params, start)
+    moved = jax.tree.map(lambda a, b: float(np.abs(a - b).max()), one.params, start.params)
     assert max(jax.tree.leaves(moved)) > 1e-3  # Else the comparison above says nothing.
 
 
@@ -114,37 +116,36 @@ def test_loss_against_numpy(tiny_config):
 
 
 def test_projections_are_redrawn_when_due(tiny_config):
-    """Every 2 steps, as the pure function of (seed, layer, draw number); never with 0."""
-    attention = tiny_config.model.attention
-    seen = {}
-    for every in (0, 2):
-        attention.redraw_every = every
-        for steps in (1, 2, 3, 5):
-            state, _ = train_for(tiny_config, digits(), steps)
-            (seen[every, steps],) = jax.tree.leaves(state.projections)
-    for steps in (1, 2, 3, 5):
-        np.testing.assert_array_equal(seen[0, steps], seen[0, 1])
-    np.testing.assert_array_equal(seen[2, 1], seen[0, 1])
-    np.testing.assert_array_equal(seen[2, 2], seen[2, 1])
-    assert np.abs(seen[2, 3] - seen[2, 2]).max() > 0.1
-    assert np.abs(seen[2, 5] - seen[2, 3]).max() > 0.1
-    assert projections.draw  # The values themselves are tested in test_favor.
+    """Every 2 steps, as the pure function of (seed, layer, draw number)."""
+    tiny_config.model.attention.redraw_every = 2
+    states, _ = train_for(tiny_config, digits(), 5)
+    for number, state in enumerate(states[1:]):
+        expected = redraw_projections(
+            states[0].projections,
+            seed=tiny_config.seed,
+            draw_number=number // 2,
+            projection='orthogonal',
+        )
+        jax.tree.map(np.testing.assert_array_equal, state.projections, expected)
+    drawn = [jax.tree.leaves(state.projections)[0] for state in states]
+    assert np.abs(drawn[3] - drawn[2]).max() > 0.1 and np.abs(drawn[5] - drawn[4]).max() > 0.1
 
 
 def test_moving_average_closed_form(tiny_config):
-    """m ← d·m + (1 − d)·p with d = min(decay, (1 + t)/(10 + t)), over the visited weights."""
-    tiny_config.ema_decay = 0.3
+    """m ← d·m + (1 − d)·p with d = min(decay, (1 + t)/(10 + t)), over the visited weights; the
+    projections of a run that never redraws stay what they were."""
+    tiny_config.ema_decay = 0.15
     tiny_config.optimizer.warmup_epochs = 0.0
-    visited = [train.prepare(tiny_config, digits()).state.params]
-    visited += [train_for(tiny_config, digits(), n)[0].params for n in (1, 2, 3)]
-    average = np.asarray(visited[0]['head']['kernel'])
-    for t, params in enumerate(visited[1:]):
-        decay = min(0.3, (1 + t) / (10 + t))
-        average = decay * average + (1 - decay) * params['head']['kernel']
-    state, _ = train_for(tiny_config, digits(), 3)
-    np.testing.assert_allclose(state.ema_params['head']['kernel'], average, rtol=1e-4, atol=1e-7)
-    assert np.abs(average - state.params['head']['kernel']).max() > 1e-5
-    assert state.evaluated_params is state.ema_params
+    states, _ = train_for(tiny_config, digits(), 3)
+    average = states[0].params['head']['kernel']
+    for t, state in enumerate(states[1:]):
+        decay = min(0.15, (1 + t) / (10 + t))
+        average = decay * average + (1 - decay) * state.params['head']['kernel']
+    last = states[-1]
+    np.testing.assert_allclose(last.ema_params['head']['kernel'], average, rtol=1e-4, atol=1e-7)
+    assert np.abs(average - last.params['head']['kernel']).max() > 1e-5
+    assert last.evaluated_params is last.ema_params
+    jax.tree.map(np.testing.assert_array_equal, last.projections, states[0].projections)
 
 
 def test_early_stopping_rule():
@@ -232,8 +233,9 @@ def test_test_accuracy_is_that_of_the_saved_weights(finished):
     assert results['test_accuracy'] == pytest.approx(accuracy, abs=1e-9)
 
 
-def test_evaluate_mode_reports_the_same(finished):
-    _, directory, results = finished
+def test_evaluate_mode_reports_the_same(finished, tmp_path):
+    _, original, results = finished
+    directory = shutil.copytree(original, tmp_path / 'copy')
     before = (directory / 'classification_report.txt').read_text()
     again = evaluate.evaluate_run(directory)
     assert again['test_accuracy'] == results['test_accuracy']
@@ -245,22 +247,22 @@ def test_evaluate_mode_reports_the_same(finished):
 def test_tensorboard_files_read_back(finished):
     """Scalars of steps and epochs, hyperparameters, and the confusion matrix as an image."""
     config, directory, results = finished
-    events = EventAccumulator(str(directory), size_guidance={'images': 0, 'scalars': 0})
+    events = EventAccumulator(str(directory), size_guidance={'tensors': 0})
     events.Reload()
-    tags = events.Tags()
-    steps = {
-        'loss', 'accuracy', 'grad_norm', 'learning_rate', 'images_per_second'
-    }  # fmt: skip
-    assert {f'train/{name}' for name in steps} <= set(tags['scalars'])
-    epochs = {'train_loss', 'train_accuracy', 'validation_loss', 'validation_accuracy'}
-    assert {f'epoch/{name}' for name in epochs} <= set(tags['scalars'])
+
+    def values(tag: str) -> list[float]:
+        return [float(make_ndarray(event.tensor_proto)) for event in events.Tensors(tag)]
+
+    tags = set(events.Tags()['tensors'])
+    steps = {'loss', 'accuracy', 'grad_norm', 'learning_rate', 'images_per_second'}
+    assert {f'train/{name}' for name in steps} <= tags
     history = workdir.read_history(directory / 'history.csv')
-    shown = [event.value for event in events.Scalars('epoch/validation_accuracy')]
-    np.testing.assert_allclose(shown, [row['validation_accuracy'] for row in history], rtol=1e-6)
-    assert [event.step for event in events.Scalars('train/loss')] == list(range(3, 25, 3))
-    assert events.Scalars('test/accuracy')[0].value == pytest.approx(results['test_accuracy'])
-    assert 'test/confusion_matrix' in tags['images']
-    assert 'hparams' in ' '.join(events.summary_metadata)
+    for name in ('train_loss', 'train_accuracy', 'validation_loss', 'validation_accuracy'):
+        np.testing.assert_allclose(values(f'epoch/{name}'), [row[name] for row in history], 1e-6)
+    assert [event.step for event in events.Tensors('train/loss')] == list(range(3, 25, 3))
+    assert values('test/accuracy') == [pytest.approx(results['test_accuracy'])]
+    assert events.Tensors('test/confusion_matrix')[0].tensor_proto.string_val[2][:4] == b'\x89PNG'
+    assert any('hparams' in tag for tag in tags)
 
 
 def test_interrupted_and_continued_is_the_uninterrupted_run(finished, tmp_path, monkeypatch):
@@ -336,7 +338,7 @@ def test_every_config_trains_two_steps(name):
     config = load_config(name, 'digits')
     config.batch_size = 8
     config.optimizer.warmup_epochs = 0.0
-    state, metrics = train_for(config, first_images(digits(), 16), 2)
+    (*_, state), metrics = train_for(config, first_images(digits(), 16), 2)
     assert [row['first_bad_step'] for row in metrics] == [-1, -1]
     assert all(np.isfinite(row['loss']) and row['grad_norm'] > 0 for row in metrics)
     assert int(state.step) == 2
@@ -356,7 +358,7 @@ def test_every_config_trains_two_steps(name):
         ('optimizer.name', 'lion', r"optimizer.name is 'lion'"),
         ('dataset.name', 'mnist', r"dataset.name is 'mnist'; allowed are 'cifar10'"),
         ('dataset.fallback', 'noise', r"dataset.fallback is 'noise'"),
-        ('batch_size', 130, r'130.*4 devices'),
+        ('batch_size', 130, r'batch_size is 130; .* number of devices, 4'),
         ('batch_size', 2000, r'2000.*1149'),
         ('num_epochs', 0, r'num_epochs is 0; set it to 1 or more'),
         ('label_smoothing', 1.0, r'label_smoothing is 1.0'),

@@ -143,9 +143,7 @@ def test_bfloat16_computes_in_bfloat16_on_float32_weights(kernel):
     """Catches weights stored in bfloat16, and a computation that is float32 all the same."""
     attention = functools.partial(favor.FavorAttention, kernel=kernel, num_features=8)
     model = small(attention=attention)
-    low = small(
-        attention=functools.partial(attention, dtype=jnp.bfloat16), dtype=jnp.bfloat16
-    )
+    low = small(attention=functools.partial(attention, dtype=jnp.bfloat16), dtype=jnp.bfloat16)
     variables = randomised(low.init(jax.random.key(0), IMAGES))
     assert {x.dtype for x in jax.tree.leaves(variables)} == {jnp.dtype('float32')}
     logits, seen = low.apply(variables, IMAGES, mutable=['intermediates'])
