@@ -44,7 +44,14 @@ setup(
         'tqdm>=4.70',
     ],
     extras_require={
-        'test': ['hypothesis>=6.170', 'pytest>=9.2', 'pytest-xdist>=3.8', 'ruff>=0.17'],
+        'test': [
+            'hypothesis>=6.170',
+            'pillow>=12',
+            'pytest>=9.2',
+            'pytest-xdist>=3.8',
+            'ruff>=0.17',
+            'scipy>=1.16',
+        ],
         # Peers to measure against; nothing in the package imports them otherwise.
         'bench': ['performer-pytorch>=1.1.4', 'torch>=2.13'],
         'colab': ['ipykernel>=7', 'nbclient>=0.11', 'notebook>=7.5'],

@@ -87,7 +87,7 @@ def get_config(arguments: str = '') -> ConfigDict:
     config.checkpoint.keep = 2  # So many of the latest are kept, and the best.
 
     config.log_every_steps = 20
-    config.profile = False  # Trace a few steps for TensorBoard's profiler.
+    config.profile = False  # Trace some steps, from the first report on, for TensorBoard.
 
     if sizes == ['study']:
         # The ViT of the study that this project reimplements.

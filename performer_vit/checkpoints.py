@@ -67,7 +67,7 @@ def _validation_accuracy(metrics: dict) -> float:
     return metrics['validation_accuracy']
 
 
-def manager(directory: str | os.PathLike, keep: int) -> ocp.CheckpointManager:
+def manager(directory: str | os.PathLike, keep: int, has_validation: bool) -> ocp.CheckpointManager:
     """Asynchronous checkpoints in `directory`: the last `keep`, and the best on validation."""
     if keep < 1:
         raise BadInput(f'checkpoint.keep is {keep}; set it to 1 or more.')
@@ -78,7 +78,12 @@ def manager(directory: str | os.PathLike, keep: int) -> ocp.CheckpointManager:
         ),
     ])  # fmt: skip
     options = ocp.CheckpointManagerOptions(
-        preservation_policy=policy, cleanup_tmp_directories=True, enable_async_checkpointing=True
+        preservation_policy=policy,
+        # The policy decides what is kept; without best_fn Orbax would forget the metrics of earlier
+        # checkpoints when the process ends, and with them which one was the best.
+        best_fn=_validation_accuracy if has_validation else None,
+        cleanup_tmp_directories=True,
+        enable_async_checkpointing=True,
     )
     return ocp.CheckpointManager(
         pathlib.Path(directory).absolute(), options=options, item_names=('state', 'history')
@@ -122,11 +127,19 @@ def restore(
     return restored.state, restored.history['rows']
 
 
-def best(checkpoints: ocp.CheckpointManager, history: list[dict]) -> dict:
+def best(checkpoints: ocp.CheckpointManager, history: list[dict], every_epochs: int) -> dict:
     """The row of the saved epoch with the highest validation accuracy; of equals, the latest.
 
-    Orbax keeps that one by the same rule (`manager`), so its checkpoint is there.
+    Saved is every `every_epochs`-th epoch, and the last. Orbax keeps the best by the same rule.
+
+    Raises:
+      BadInput: its checkpoint is gone.
     """
-    saved = set(checkpoints.all_steps())
-    rows = [row for row in history if row['step'] in saved]
-    return max(rows, key=lambda row: (row['validation_accuracy'], row['step']))
+    rows = [row for row in history if row['epoch'] % every_epochs == 0 or row is history[-1]]
+    row = max(rows, key=lambda row: (row['validation_accuracy'], row['step']))
+    if row['step'] not in checkpoints.all_steps():
+        raise BadInput(
+            f'the checkpoint of step {row["step"]}, the best on validation, is not in '
+            f'{checkpoints.directory}: restore it, or train again in another --workdir.'
+        )
+    return row

@@ -4,6 +4,7 @@ A data set is held in memory as uint8 images and int32 labels, already split. Ev
 NumPy; TensorFlow, TFDS and scikit-learn are imported only by the functions that need them.
 """
 
+import contextlib
 import dataclasses
 import importlib.util
 import os
@@ -11,6 +12,7 @@ import pathlib
 import sys
 import textwrap
 import threading
+import time
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -19,6 +21,7 @@ from performer_vit.errors import BadInput, choose
 
 DATASETS = ('cifar10', 'cifar100', 'digits')
 FALLBACKS = ('digits', 'none')
+IMAGE_SHAPE = (32, 32, 3)  # (h, w, c) of every image of `DATASETS`.
 
 _DOWNLOADS = {
     'cifar10': 'https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz',
@@ -27,6 +30,8 @@ _DOWNLOADS = {
 _NUM_CLASSES = {'cifar10': 10, 'cifar100': 100}
 # How long the download host may take to answer before it counts as out of reach.
 _PROBE_SECONDS = 10.0
+# How long a download may bring nothing before it counts as broken off.
+_STALL_SECONDS = 20.0
 # The digits have no test split of their own, so one is fixed here, once and for every seed.
 _DIGITS_TEST_FRACTION = 0.2
 _DIGITS_TEST_SEED = 0
@@ -107,7 +112,8 @@ def load(
     in `data_dir`, else in the directory that the environment variable TFDS_DATA_DIR names, else in
     TFDS's default directory (~/tensorflow_datasets), else it is downloaded into the latter by TFDS.
     Whether the download host answers is decided within about 10 seconds, before TensorFlow is
-    imported, also where connections hang instead of failing. Where nothing can be had, `fallback`
+    imported, also where connections hang instead of failing; a download that brings nothing for 20
+    seconds is given up. Where nothing can be had, `fallback`
     decides. A directory that was named (by argument or variable) is never replaced by anything
     else: where it cannot be read, or has no such data set, that is an error.
 
@@ -388,12 +394,47 @@ def _download(name: str, root: pathlib.Path) -> None:
     tfds = _import_tfds()
     # CIFAR comes from its own host; TFDS's bucket would be one more connection that may hang.
     config = tfds.download.DownloadConfig(try_download_gcs=False)
+    errors = []
+
+    def prepare():
+        try:
+            builder.download_and_prepare(download_config=config)
+        except Exception as error:  # Network, disk, checksum, TFDS: for the user all the same.
+            errors.append(error)
+
     try:
         builder = tfds.builder(name, data_dir=str(root))
-        builder.download_and_prepare(download_config=config)
-    except Exception as error:  # Network, disk, checksum, TFDS: for the user all the same.
-        reason = f'there is none in {root}, and its download failed ({_text(error)})'
-        raise _Unavailable(reason) from error
+        archive_size = sum(int(info.size) for info in builder.url_infos.values())
+        # In a thread that can be left behind: TFDS waits for a silent server without end.
+        thread = threading.Thread(target=prepare, daemon=True)
+        thread.start()
+        if not _goes_on(thread, root / 'downloads', archive_size, _STALL_SECONDS):
+            errors.append(TimeoutError(f'nothing arrived for {_STALL_SECONDS:g} seconds'))
+    except Exception as error:
+        errors.append(error)
+    if errors:
+        reason = f'there is none in {root}, and its download failed ({_text(errors[0])})'
+        raise _Unavailable(reason) from errors[0]
+
+
+def _goes_on(
+    thread: threading.Thread, downloads: pathlib.Path, archive_size: int, seconds: float
+) -> bool:
+    """Waits for a thread that downloads; False if the archive is not all there and stops growing.
+
+    Once `archive_size` bytes lie in `downloads` there is no limit: unpacking takes what it takes.
+    """
+    size, since = -1, time.monotonic()
+    while thread.is_alive():
+        thread.join(min(1.0, seconds / 4))
+        # A file may be renamed or removed while it is looked at.
+        with contextlib.suppress(OSError):
+            arrived = sum(path.stat().st_size for path in downloads.rglob('*') if path.is_file())
+            if arrived != size:
+                size, since = arrived, time.monotonic()
+        if size < archive_size and time.monotonic() - since > seconds:
+            return False
+    return True
 
 
 def _probe(url: str, seconds: float) -> str | None:

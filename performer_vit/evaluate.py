@@ -348,8 +348,9 @@ def describe(config, dataset: datasets.Dataset, model, num_params: int) -> dict:
 def evaluate_run(workdir: str | os.PathLike) -> dict:
     """Tests the checkpoint of a finished run again, and writes its report and figures anew.
 
-    What training measured stays as it is in results.json; the test's accuracy, loss and time, and
-    the machine and versions, are those of this evaluation.
+    What training measured stays as it is in results.json, and so do the machine and the versions
+    that belong to it. The test's accuracy, loss and time are those of this evaluation, and so are
+    `evaluation_device` and `evaluation_versions`.
 
     Args:
         workdir: of a run that `train.train` finished.
@@ -361,20 +362,25 @@ def evaluate_run(workdir: str | os.PathLike) -> dict:
         BadInput: the workdir holds no finished run, or its data set or checkpoint is not there.
     """
     workdir = Path(workdir).absolute()
+    run_directory.check_writable(workdir)
     values = run_directory.read_json(workdir / 'config.json')
     results = run_directory.read_json(workdir / 'results.json')
     name = values.pop('dataset_read')
     config = ConfigDict(values)
     with config.unlocked():
-        # The data that the run was trained on, or none.
+        # The data that the run was trained on, or none; where they lie may have changed.
         config.dataset.update(name=name, fallback='none')
+        if not Path(config.dataset.data_dir).is_dir():
+            config.dataset.data_dir = ''
     dataset = datasets.load(**config.dataset)
     model = vit.from_config(config.model, dataset.num_classes, config.seed)
     tx = optimizers.create(config.optimizer, lambda step: 0.0)
     template = checkpoints.create_state(
         model, tx, dataset.image_shape, config.seed, ema=config.ema_decay > 0
     )
-    saved = checkpoints.manager(workdir / 'checkpoints', config.checkpoint.keep)
+    saved = checkpoints.manager(
+        workdir / 'checkpoints', config.checkpoint.keep, dataset.validation is not None
+    )
     step = results['tested_step']
     if step not in saved.all_steps():
         raise BadInput(
@@ -387,7 +393,9 @@ def evaluate_run(workdir: str | os.PathLike) -> dict:
     forward = predict.compile_forward(model, dataset, state, config.batch_size)
     log_probabilities, seconds = predict.timed(forward, state, dataset.test)
     results.update(
-        inference_seconds=seconds, device=environment.device(), versions=environment.versions()
+        inference_seconds=seconds,
+        evaluation_device=environment.device(),
+        evaluation_versions=environment.versions(),
     )
     results, _ = write_report(
         workdir, results, log_probabilities, dataset.test.labels, dataset.class_names

@@ -6,6 +6,7 @@ that of Choromanski et al. 2021, "Rethinking Attention with Performers", arXiv 2
 N queries, M keys, H heads, D head dimension, R features; leading axes are batch axes.
 """
 
+import contextlib
 import functools
 import zlib
 from collections.abc import Callable
@@ -190,6 +191,8 @@ class FavorAttention(nn.Module):
         query, key, value = promote_dtype(query, key, value, dtype=self.dtype)
         weights = {'kernel': self.kernel, 'mask': mask}
         if self.kernel in _LEARNT_MAPS:
+            if self.hidden < 1:
+                raise BadInput(f'hidden is {self.hidden}; set it to 1 or more.')
             weights['theta'] = self.param(
                 'theta',
                 functools.partial(feature_maps.init_theta, mixture=self.kernel == 'ftheta_mixture'),
@@ -356,7 +359,9 @@ def make_attention_fn(
             causal = jnp.tri(query.shape[-3], key.shape[-3], dtype=bool)
             mask = causal if mask is None else causal & mask
         weights = {'kernel': kernel, 'projection': matrix(query.shape[-1]), 'mask': mask}
-        with jax.default_matmul_precision(_precision_name(precision)):
+        # None leaves the caller's precision alone, where the context manager would reset it.
+        name = _precision_name(precision)
+        with jax.default_matmul_precision(name) if name else contextlib.nullcontext():
             if module is not None:
                 _sow_weights(module, attention_matrix(query, key, **weights))
             return favor_attention(query, key, value, **weights)

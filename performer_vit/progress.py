@@ -1,9 +1,11 @@
 """What a person sees while a training runs: lines, a progress bar, TensorBoard."""
 
+import contextlib
 import os
 import sys
 import time
 
+import jax
 import numpy as np
 from tqdm import tqdm
 
@@ -52,8 +54,15 @@ class Progress:
         self._writer.write_hparams({**hparams, 'dataset_read': dataset_name})
         self._hooks = []
         if config.profile:
+            # Hooks hear of every `log_every_steps`-th step alone, so the trace goes from the first
+            # report to one that is five steps or more later.
+            first_report = (first_step // config.log_every_steps + 1) * config.log_every_steps
             profile = periodic_actions.Profile(
-                logdir=str(workdir), num_profile_steps=5, first_profile=first_step + 10
+                logdir=str(workdir),
+                num_profile_steps=5,
+                profile_duration_ms=None,
+                first_profile=first_report,
+                every_secs=None,
             )
             self._hooks.append(profile)
         self._bar = tqdm(
@@ -113,4 +122,8 @@ class Progress:
     def close(self) -> None:
         """Ends the bar and writes out what TensorBoard's files still lack."""
         self._bar.close()
+        if self._hooks:
+            # A run may end while steps are traced; where none are, there is nothing to stop.
+            with contextlib.suppress(RuntimeError):
+                jax.profiler.stop_trace()
         self._writer.close()

@@ -12,8 +12,6 @@ import sys
 from performer_vit import figures, workdir
 from performer_vit.errors import BadInput
 
-KERNELS = ('exact', 'relu', 'gelu', 'softmax', 'elu', 'ftheta', 'ftheta_mixture')
-
 
 def read(directory: str | pathlib.Path) -> list[dict]:
     """The results in a directory, the ViT first, in the order of the study's table."""
@@ -24,7 +22,8 @@ def read(directory: str | pathlib.Path) -> list[dict]:
             'of its own.'
         )
     rows = [workdir.read_json(path) for path in paths]
-    return sorted(rows, key=lambda row: (KERNELS.index(row['kernel']), row['seed']))
+    kernels = list(figures.MODEL_NAMES)
+    return sorted(rows, key=lambda row: (kernels.index(row['kernel']), row['seed']))
 
 
 def markdown(rows: list[dict]) -> str:
@@ -53,12 +52,12 @@ def main(argv: list[str]) -> None:
         sys.exit('error: give one directory: python -m performer_vit.tables DIRECTORY')
     try:
         rows = read(argv[1])
+        epochs = ', '.join(sorted({str(row['epochs']) for row in rows}))
+        title = f'ViT and Performers on {rows[0]["dataset"]}, {epochs} epochs'
+        figures.save(figures.comparison(rows, title), pathlib.Path(argv[1]) / 'comparison.png')
     except BadInput as error:
         sys.exit(f'error: {error}')
     print(markdown(rows))
-    epochs = ', '.join(sorted({str(row['epochs']) for row in rows}))
-    title = f'ViT and Performers on {rows[0]["dataset"]}, {epochs} epochs'
-    figures.save(figures.comparison(rows, title), pathlib.Path(argv[1]) / 'comparison.png')
 
 
 if __name__ == '__main__':

@@ -2,6 +2,7 @@
 
 import collections
 import functools
+import math
 import os
 import pathlib
 import time
@@ -34,11 +35,11 @@ TEST_STATES = ('best', 'last')
 
 
 def check(config) -> None:
-    """Raises `BadInput` for what can be seen to be wrong in a config without data or devices."""
+    """Raises `BadInput` for all that can be seen to be wrong in a config before data are read."""
     at_least = {
         'num_epochs': 1, 'batch_size': 1, 'log_every_steps': 1, 'checkpoint.every_epochs': 1,
         'checkpoint.keep': 1, 'early_stopping_patience': 0, 'augment.crop_padding': 0,
-        'model.attention.redraw_every': 0, 'seed': 0,
+        'model.attention.redraw_every': 0, 'model.attention.hidden': 1, 'seed': 0,
     }  # fmt: skip
     values = run_directory.flatten(config.to_dict())
     for field, least in at_least.items():
@@ -47,6 +48,14 @@ def check(config) -> None:
     for field in ('label_smoothing', 'ema_decay', 'dataset.validation_fraction'):
         if not 0 <= values[field] < 1:
             raise BadInput(f'{field} is {values[field]}; set it to a number from 0 to below 1.')
+    if config.seed >= 2**32:
+        raise BadInput(f'seed is {config.seed}; set it to a number below 2**32.')
+    shortest = min(datasets.IMAGE_SHAPE[:2])
+    if config.augment.crop_padding >= shortest:
+        raise BadInput(
+            f'augment.crop_padding is {config.augment.crop_padding}; a reflection is smaller than '
+            f'the image: set it to a number below {shortest}.'
+        )
     choose('test_state', config.test_state, TEST_STATES)
     if not config.dataset.validation_fraction:
         needs = {
@@ -60,8 +69,14 @@ def check(config) -> None:
                     "0: set test_state to 'last' and early_stopping_patience to 0, or "
                     'dataset.validation_fraction above 0.'
                 )
-    # Every name and range of the schedule and the optimiser, for a training of any length.
-    optimizers.create(config.optimizer, optimizers.learning_rate(config.optimizer, 1, 10**9))
+    input_pipeline.check_batch_size(config.batch_size, jax.device_count())
+    optimizers.create(
+        config.optimizer, optimizers.learning_rate(config.optimizer, 1, config.num_epochs)
+    )
+    # The model checks its own fields when it is traced; the number of classes does not matter.
+    model = vit.from_config(config.model, num_classes=2, seed=config.seed)
+    images = jax.ShapeDtypeStruct((1, *datasets.IMAGE_SHAPE), jnp.float32)
+    jax.eval_shape(model.init, jax.random.key(0), images)
 
 
 def make_train_step(
@@ -219,6 +234,19 @@ def raise_if_bad(first_bad_step: int) -> None:
         )
 
 
+def raise_if_not_finite(row: dict) -> None:
+    """Raises `FloatingPointError` where an epoch's validation loss is not finite.
+
+    Weights may be finite and yet so large that the forward pass overflows.
+    """
+    if not math.isfinite(row['validation_loss']):
+        raise FloatingPointError(
+            f'the validation loss after epoch {row["epoch"]} is not finite. That epoch was not '
+            'saved: the checkpoints in the workdir are from before. Lower '
+            'optimizer.learning_rate, in a new --workdir.'
+        )
+
+
 def stops_early(history: list[dict], patience: int) -> bool:
     """Whether the last `patience` epochs brought no validation loss below the earlier lowest."""
     losses = [row['validation_loss'] for row in history]
@@ -231,9 +259,9 @@ Training.__doc__ = """What a training consists of before it is compiled: see `pr
 
 def prepare(config, dataset: datasets.Dataset) -> Training:
     """Model, step and first state of a config on a data set; all input is checked."""
-    num_images = len(dataset.train.labels)
+    num_images = len(dataset.train)
     input_pipeline.check_batch_size(config.batch_size, jax.device_count(), num_images)
-    steps_per_epoch = num_images // config.batch_size
+    steps_per_epoch = input_pipeline.steps_per_epoch(num_images, config.batch_size)
     schedule = optimizers.learning_rate(config.optimizer, steps_per_epoch, config.num_epochs)
     tx = optimizers.create(config.optimizer, schedule)
     model = vit.from_config(config.model, dataset.num_classes, config.seed)
@@ -267,6 +295,7 @@ def train(config, workdir: str | os.PathLike | None = None, run_name: str = 'run
       FloatingPointError: a loss or gradient was not finite; the message names the step.
     """
     check(config)
+    run_directory.check_writable(workdir or run_directory.default_workdir(run_name, ''))
     dataset = datasets.load(**config.dataset)
     training = prepare(config, dataset)
     workdir = workdir or run_directory.default_workdir(run_name, dataset.name)
@@ -279,10 +308,13 @@ def train(config, workdir: str | os.PathLike | None = None, run_name: str = 'run
         return results
     say(_description(training, dataset, workdir))
 
-    saved = checkpoints.manager(workdir / 'checkpoints', config.checkpoint.keep)
+    saved = checkpoints.manager(
+        workdir / 'checkpoints', config.checkpoint.keep, dataset.validation is not None
+    )
     state, history = checkpoints.restore(saved, training.state) or (training.state, [])
     if history:
         say(f'Going on after epoch {history[-1]["epoch"]}, from a checkpoint.')
+        run_directory.write_history(workdir / 'history.csv', history)
     first_step, last_step = int(state.step), config.num_epochs * training.steps_per_epoch
     batches = functools.partial(
         input_pipeline.train_batches,
@@ -334,20 +366,21 @@ def train(config, workdir: str | os.PathLike | None = None, run_name: str = 'run
                 labels = dataset.validation.labels
                 row['validation_loss'] = evaluate.negative_log_likelihood(labels, log_probabilities)
                 row['validation_accuracy'] = evaluate.accuracy(labels, log_probabilities)
+                raise_if_not_finite(row)
             history.append(row)
+            run_directory.write_history(workdir / 'history.csv', history)
             is_last = epoch + 1 == config.num_epochs or stops_early(
                 history, config.early_stopping_patience
             )
             if is_last or (epoch + 1) % config.checkpoint.every_epochs == 0:
                 checkpoints.save(saved, jax_utils.unreplicate(state), history)
-            run_directory.write_history(workdir / 'history.csv', history)
             shown.epoch_done(row)
         saved.wait_until_finished()
 
         # The final test: the only time that a training reads the test split.
         tested = history[-1]
         if config.test_state == 'best':
-            tested = checkpoints.best(saved, history)
+            tested = checkpoints.best(saved, history, config.checkpoint.every_epochs)
             state, _ = checkpoints.restore(saved, training.state, tested['step'])
             state = jax_utils.replicate(state, axis_name='batch')
         log_probabilities, inference_seconds = prediction.timed(predict, state, dataset.test)

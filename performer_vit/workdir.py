@@ -102,6 +102,24 @@ def run_name(config_path: str, arguments: str, overrides: Mapping[str, object]) 
     return ''.join(c if c.isalnum() or c in '-_=.,' else '_' for c in name)
 
 
+def check_writable(workdir: str | os.PathLike) -> None:
+    """Raises `BadInput` unless files can be made in the directory, or where it would be made."""
+    workdir = pathlib.Path(workdir).absolute()
+    existing = next(path for path in (workdir, *workdir.parents) if path.exists())
+    try:
+        with tempfile.TemporaryFile(dir=existing):
+            pass
+    except OSError as error:
+        raise BadInput(_not_writable(workdir, error)) from error
+
+
+def _not_writable(workdir: pathlib.Path, error: OSError) -> str:
+    return (
+        f'the workdir {workdir} cannot be written ({error.strerror or error}): give another one '
+        'with --workdir=DIR, or change its permissions.'
+    )
+
+
 def claim(workdir: str | os.PathLike, config: Mapping, dataset_read: str) -> pathlib.Path:
     """Makes the directory, or checks that the run in it is this very one, and returns its path.
 
@@ -110,15 +128,11 @@ def claim(workdir: str | os.PathLike, config: Mapping, dataset_read: str) -> pat
         lists every field that differs.
     """
     workdir = pathlib.Path(workdir).absolute()
+    check_writable(workdir)
     try:
         workdir.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=workdir):
-            pass
     except OSError as error:
-        raise BadInput(
-            f'the workdir {workdir} cannot be written ({error.strerror or error}): give another '
-            'one with --workdir=DIR, or change its permissions.'
-        ) from error
+        raise BadInput(_not_writable(workdir, error)) from error
     mine = json.loads(json.dumps({**config, 'dataset_read': dataset_read}))
     path = workdir / 'config.json'
     if not path.exists():

@@ -24,13 +24,13 @@ def test_figures_agree_with_each_other(tiny_config, monkeypatch, name):
 
     The forward pass by hand, in multiply-adds per image: the stem, three projections, two products
     of FAVOR+ with their features, the output, the MLP, the head; a training step is three times
-    that. XLA also counts what is element-wise, so it may say up to half as much again here, where
-    the width is tiny, and never less than 0.9 of it.
+    that. XLA also counts what is element-wise, and leaves out the gradients of the pixels: here,
+    where the width is tiny, it may say from 0.8 times to twice as much.
     """
     monkeypatch.setattr(benchmark, 'PEAK_SIZE', 256)
     figures = benchmark.BENCHMARKS[name](tiny_config, 2)
     rate = figures['images_per_second']['median'] * figures['gflop_per_image']
-    assert figures['gflop_per_second']['median'] == pytest.approx(rate, rel=0.3)
+    assert figures['gflop_per_second']['median'] == pytest.approx(rate, rel=1e-9)
     tokens, width, mlp, features, heads, dim = 16, 16, 32, 8, 2, 8
     macs = tokens * width * (8 * 8 * 3 + 4 * width + 2 * mlp)
     macs += tokens * heads * (2 * dim * features + 2 * features * (dim + 1)) + width * 10

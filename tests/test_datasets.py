@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+import types
 
 import numpy as np
 import PIL.Image
@@ -317,6 +318,8 @@ def test_prepared_data_without_tensorflow(monkeypatch, prepared_once, home, modu
 class _Builder:
     """Stands for TFDS's builder: makes the small data set, or fails."""
 
+    url_infos = {}
+
     def __init__(self, data_dir, source):
         self.data_dir, self.source = data_dir, source
 
@@ -342,6 +345,43 @@ def test_download(monkeypatch, prepared_once, home, works):
         assert (home / 'tensorflow_datasets' / 'cifar10').is_dir()
     else:
         assert read.name == 'digits' and 'the line went dead' in _one_line(notices[0])
+
+
+def test_a_download_that_stalls_is_given_up(monkeypatch, prepared_once, home):
+    """The first bytes come, then nothing: catches a default command that hangs without a word."""
+    import tensorflow_datasets as tfds
+
+    class Stalled(_Builder):
+        url_infos = {'url': types.SimpleNamespace(size=10)}
+
+        def download_and_prepare(self, download_config):
+            downloads = pathlib.Path(self.data_dir) / 'downloads'
+            downloads.mkdir(parents=True)
+            (downloads / 'part').write_bytes(b'12345')
+            never = threading.Event()
+            never.wait()
+
+    monkeypatch.setattr(datasets, '_probe', lambda url, seconds: None)
+    monkeypatch.setattr(datasets, '_STALL_SECONDS', 0.4)
+    monkeypatch.setattr(tfds, 'builder', lambda name, data_dir: Stalled(data_dir, prepared_once))
+    notices = []
+    assert datasets.load('cifar10', notify=notices.append).name == 'digits'
+    assert 'nothing arrived for 0.4 seconds' in _one_line(notices[0])
+
+
+def test_a_slow_download_and_a_slow_preparation_are_waited_for(tmp_path):
+    """Catches a limit on the whole download, and one on what comes after it."""
+
+    def work():
+        for number in range(8):
+            time.sleep(0.1)
+            (tmp_path / str(number)).write_bytes(b'x')
+        time.sleep(0.8)
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    assert datasets._goes_on(thread, tmp_path, 8, 0.4)
+    assert not thread.is_alive()
 
 
 # ------------------------------------------------------------------ the probe

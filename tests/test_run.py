@@ -102,14 +102,52 @@ def test_kill_9_at_three_moments_changes_nothing(tmp_path):
     template = train.prepare(config, datasets.load('digits')).state
     states = []
     for name in ('whole', 'killed'):
-        manager = checkpoints.manager(tmp_path / name / 'checkpoints', keep=2)
+        manager = checkpoints.manager(tmp_path / name / 'checkpoints', 2, has_validation=True)
         states.append(jax.tree.map(np.asarray, checkpoints.restore(manager, template)[0]))
         manager.close()
     assert int(states[0].step) == 4 * (1149 // 64)
     jax.tree.map(np.testing.assert_array_equal, *states)
+    results = [workdir.read_json(tmp_path / name / 'results.json') for name in ('whole', 'killed')]
+    for field in ('tested_epoch', 'test_loss', 'test_accuracy', 'validation_accuracy'):
+        assert results[0][field] == results[1][field]
     history = workdir.read_history(tmp_path / 'killed' / 'history.csv')
     for row, other in zip(history, whole, strict=True):
         assert {**row, 'seconds': 0} == {**other, 'seconds': 0}
+
+
+@pytest.mark.slow
+def test_without_data_the_default_command_trains_on_digits_and_says_so(tmp_path):
+    """Notice first; `digits` in the path, the lines and the results; then `--mode=evaluate`.
+
+    The ViT without a moving average: also the one with neither projections nor averages to save.
+    """
+    # No proxy listens there: the download fails at once, with a network or without.
+    nowhere = {name: 'http://127.0.0.1:9' for name in ('HTTPS_PROXY', 'https_proxy')}
+    kept = {**environment(), **nowhere, 'HOME': str(tmp_path)}
+
+    def command(*arguments: str) -> subprocess.CompletedProcess:
+        return subprocess.run(
+            [sys.executable, str(ROOT / 'run.py'), *arguments],
+            cwd=tmp_path, env=kept, capture_output=True, text=True, timeout=240,
+        )  # fmt: skip
+
+    small = [flag for flag in SMALL[1:] if 'attention' not in flag and 'num_epochs' not in flag]
+    flags = ['--config.num_epochs=1', '--config.ema_decay=0.0']
+    done = command(f'--config={ROOT}/configs/vit.py', *flags, *small)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.index('NOTICE') < done.stderr.index('img/s')
+    assert 'cifar10' in done.stderr and 'TFDS_DATA_DIR' in done.stderr
+    assert all(line.startswith('[digits]') for line in done.stdout.splitlines())
+    (results,) = (tmp_path / 'runs' / 'digits').glob('vit-*num_epochs=1*/results.json')
+    before = workdir.read_json(results)
+    assert before['dataset'] == 'digits' and before['num_features'] is None
+    done = command('--mode=evaluate', f'--workdir={results.parent}')
+    assert done.returncode == 0, done.stderr
+    assert workdir.read_json(results)['test_loss'] == pytest.approx(before['test_loss'], rel=1e-6)
+
+    done = command(f'--config={ROOT}/configs/vit.py:cifar10')
+    assert done.returncode == 2 and 'Traceback' not in done.stderr
+    assert 'cifar10 cannot be had' in done.stderr
 
 
 def _parse(value: str) -> object:

@@ -176,7 +176,9 @@ def finished(tmp_path_factory):
 def saved_state(config, directory):
     """Latest state and history in a workdir."""
     training = train.prepare(config, digits())
-    manager = checkpoints.manager(directory / 'checkpoints', config.checkpoint.keep)
+    manager = checkpoints.manager(
+        directory / 'checkpoints', config.checkpoint.keep, has_validation=True
+    )
     state, history = checkpoints.restore(manager, training.state)
     manager.close()
     return jax.tree.map(np.asarray, state), history
@@ -219,7 +221,9 @@ def test_test_accuracy_is_that_of_the_saved_weights(finished):
     config, directory, results = finished
     dataset = digits()
     training = train.prepare(config, dataset)
-    manager = checkpoints.manager(directory / 'checkpoints', config.checkpoint.keep)
+    manager = checkpoints.manager(
+        directory / 'checkpoints', config.checkpoint.keep, has_validation=True
+    )
     history = workdir.read_history(directory / 'history.csv')
     best = max(history, key=lambda row: (row['validation_accuracy'], row['epoch']))
     state, _ = checkpoints.restore(manager, training.state, best['step'])
@@ -291,6 +295,32 @@ def test_interrupted_and_continued_is_the_uninterrupted_run(finished, tmp_path, 
     assert again['test_loss'] == results['test_loss']
 
 
+def test_the_best_of_a_continued_run_is_the_best_of_all(tiny_config, tmp_path, monkeypatch):
+    """The best epoch lies before the interruption and is not among the last that are kept.
+
+    Catches metrics of checkpoints that are forgotten when the process ends: another state would be
+    tested than without the interruption.
+    """
+    tiny_config.num_epochs = 4
+    tiny_config.checkpoint.keep = 1
+    epochs = iter([0.9, 0.5])
+
+    def validation(labels, log_probabilities):
+        accuracy = next(epochs, None)
+        if accuracy is None:
+            raise KeyboardInterrupt
+        return accuracy
+
+    monkeypatch.setattr(evaluate, 'accuracy', validation)
+    with pytest.raises(KeyboardInterrupt):
+        train.train(tiny_config, tmp_path / 'run')
+    epochs = iter([0.4, 0.3])
+    results = train.train(tiny_config, tmp_path / 'run')
+    assert results['tested_epoch'] == 1 and results['validation_accuracy'] == 0.9
+    kept = sorted(int(path.name) for path in (tmp_path / 'run' / 'checkpoints').glob('[0-9]*'))
+    assert kept == [8, 32]
+
+
 def test_not_finite_stops_names_the_step_and_keeps_the_checkpoint(
     tiny_config, tmp_path, monkeypatch
 ):
@@ -319,6 +349,14 @@ def test_early_stopping_ends_a_run(tiny_config, tmp_path, monkeypatch):
     assert results['epochs'] == 3 and results['tested_epoch'] == 3
     _, history = saved_state(tiny_config, tmp_path / 'run')
     assert len(history) == 3  # The last state is saved although 3 is no multiple of 5.
+
+
+def test_profile_on_request(tiny_config, tmp_path):
+    """Catches a hook that waits for a step which it is never told of."""
+    tiny_config.profile = True
+    tiny_config.num_epochs = 2
+    train.train(tiny_config, tmp_path / 'run')
+    assert list((tmp_path / 'run').glob('plugins/profile/*/*'))
 
 
 def test_training_on_everything(tiny_config, tmp_path):
@@ -365,15 +403,21 @@ def test_every_config_trains_two_steps(name):
         ('test_state', 'worst', r"test_state is 'worst'; allowed are 'best', 'last'"),
         ('dataset.validation_fraction', 0.0, r"set test_state to 'last'"),
         ('checkpoint.keep', 0, r'checkpoint.keep is 0'),
+        ('augment.crop_padding', 32, r'crop_padding is 32; .* below 32'),
+        ('model.attention.hidden', 0, r'hidden is 0'),
+        ('seed', 2**40, r'seed is 1099511627776; .* below 2\*\*32'),
+        ('optimizer.warmup_epochs', 9.0, r'warmup_epochs is 9.0'),
         ('model.attention.redraw_every', -1, r'redraw_every is -1'),
     ],
 )
 def test_bad_config_is_refused_before_the_workdir_is_made(
-    tiny_config, tmp_path, field, value, message
+    tiny_config, tmp_path, monkeypatch, field, value, message
 ):
     """A message with what was given and what is allowed, and nothing on disk."""
     with tiny_config.unlocked():
         tiny_config.update_from_flattened_dict({field: value})
+    if field not in ('dataset.name', 'dataset.fallback') and value != 2000:
+        monkeypatch.setattr(datasets, 'load', lambda **_: pytest.fail('data were read first'))
     with pytest.raises(BadInput, match=message):
         train.train(tiny_config, tmp_path / 'run')
     assert not (tmp_path / 'run').exists()

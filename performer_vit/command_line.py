@@ -1,0 +1,34 @@
+"""Parsing the flags of a command, and how it says that they are wrong."""
+
+import sys
+from typing import NoReturn
+
+from absl import flags
+
+
+def parse(argv: list[str]) -> list[str]:
+    """A `flags_parser` for `app.run`: mistakes in flags and configs get one clear error.
+
+    Returns:
+      What is left of the arguments when the flags are taken out.
+    """
+    try:
+        rest = flags.FLAGS(argv)
+        if flags.FLAGS['config'].present:
+            _ = flags.FLAGS.config.seed  # A file that cannot be loaded is reported only here.
+        return rest
+    except flags.Error as error:
+        # ml_collections puts the traceback of a config into its message; the last line tells why.
+        reason = str(error).strip()
+        fail(reason.splitlines()[-1] if 'Traceback' in reason else reason)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        reason = str(error).strip('\'"').replace('\\n', '\n').replace("\\'", "'")
+        fail(f'--config: {reason}\nconfigs/base.py lists every field with its default.')
+    except OSError as error:
+        fail(f'--config cannot be loaded: {str(error).splitlines()[-1].strip()}')
+
+
+def fail(reason: object) -> NoReturn:
+    """Prints the reason and ends the command with exit code 2."""
+    print(f'error: {reason}', file=sys.stderr)
+    sys.exit(2)
