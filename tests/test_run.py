@@ -38,7 +38,7 @@ def environment() -> dict[str, str]:
 def run(*arguments: str) -> subprocess.CompletedProcess:
     return subprocess.run(
         [sys.executable, 'run.py', *arguments],
-        cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=240,
+        cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=900,
     )  # fmt: skip
 
 
@@ -128,7 +128,7 @@ def test_without_data_the_default_command_trains_on_digits_and_says_so(tmp_path)
     def command(*arguments: str) -> subprocess.CompletedProcess:
         return subprocess.run(
             [sys.executable, str(ROOT / 'run.py'), *arguments],
-            cwd=tmp_path, env=kept, capture_output=True, text=True, timeout=240,
+            cwd=tmp_path, env=kept, capture_output=True, text=True, timeout=900,
         )  # fmt: skip
 
     small = [flag for flag in SMALL[1:] if 'attention' not in flag and 'num_epochs' not in flag]
