@@ -38,7 +38,7 @@ def _main(argv: list[str]) -> None:
     # The log of TensorFlow and of JAX's start says nothing about the user's run.
     logging.set_verbosity(logging.ERROR)
     os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')
-    # JAX and Flax take seconds to import; a mistyped flag should not.
+    # Orbax, scikit-learn and matplotlib take seconds to import; a mistyped flag should not.
     from performer_vit import evaluate, train, workdir
 
     try:

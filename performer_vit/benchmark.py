@@ -155,12 +155,7 @@ def train_step(config, rounds: int) -> dict:
 
     with tempfile.TemporaryDirectory() as directory:
         shown = progress.Progress(directory, dataset.name, 'benchmark', config, 1, total)
-
-        def observe(step: int, metrics: dict) -> None:
-            values = {name: train.scalar(value) for name, value in metrics.items()}
-            train.raise_if_bad(values.pop('first_bad_step'))
-            shown.steps_done(step, values)
-
+        observe = functools.partial(train.report_steps, shown)
         contenders = {
             'peak': matmul_peak(),
             'images_per_second': lambda: turn(itertools.repeat(fixed), lambda *_: None),

@@ -234,6 +234,13 @@ def raise_if_bad(first_bad_step: int) -> None:
         )
 
 
+def report_steps(shown: progress.Progress, step: int, metrics: dict) -> None:
+    """Reads a step's replicated metrics, stops where a step went bad, and shows the rest."""
+    values = {name: scalar(value) for name, value in metrics.items()}
+    raise_if_bad(values.pop('first_bad_step'))
+    shown.steps_done(step, values)
+
+
 def raise_if_not_finite(row: dict) -> None:
     """Raises `FloatingPointError` where an epoch's validation loss is not finite.
 
@@ -334,10 +341,7 @@ def train(config, workdir: str | os.PathLike | None = None, run_name: str = 'run
     title = figures.model_name(config.model.attention.kernel)
     shown = progress.Progress(workdir, dataset.name, title, config, first_step, last_step)
 
-    def observe(step: int, metrics: dict) -> None:
-        values = {name: scalar(value) for name, value in metrics.items()}
-        raise_if_bad(values.pop('first_bad_step'))
-        shown.steps_done(step, values)
+    observe = functools.partial(report_steps, shown)
 
     try:
         for epoch in range(len(history), config.num_epochs):
