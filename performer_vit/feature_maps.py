@@ -1,20 +1,29 @@
-"""Feature maps φ: R^D → R^R with positive entries, by the name of their kernel.
+"""Feature maps φ: R^D → R^R by the name of their kernel, whose inner products estimate kernels.
 
-φ(x)_r = f(w_r·x') / √R with x' = x / D^(1/4): the random features of Choromanski et al. 2021,
-"Rethinking Attention with Performers", arXiv 2009.14794, eq. (5), where w_r are the rows of a
-projection W. The scaling of x makes φ(q)·φ(k) an estimate of a kernel of q·k/√D, as in softmax
-attention, and 1/√R makes it a mean over features. Positive features make the attention normaliser
-φ(q)·Σ φ(k) positive.
+φ(x)_r = f(w_r·x') / √R with x' = x / √τ, τ = √D unless `temperature` says otherwise: the random
+features of Choromanski et al. 2021, "Rethinking Attention with Performers", arXiv 2009.14794, eq.
+(5), where w_r are the rows of a projection W. The scaling of x makes φ(q)·φ(k) an estimate of a
+kernel of q·k/τ, as in softmax attention, and 1/√R makes it a mean over features. Positive features
+make the attention normaliser φ(q)·Σ φ(k) positive; of the maps here `identity` and `trigonometric`
+alone may be negative, and `elementwise` is what its function is.
+
+The estimators of the softmax kernel exp(q'·k') come with their relative variance, Var[φ(q)·φ(k)] /
+exp(2 q'·k'), for independent rows w_r ~ N(0, I_D). It depends on ‖q' + k'‖ for all but the
+trigonometric one, and on ‖q' - k'‖ for that. Orthogonal rows lower it for the positive ones.
 
 All maps take x [..., D] of any floating dtype and multiply by the weights in that dtype, with sums
 in float32; features are float32 (float64 for float64 x). Weights are shared by everything on the
-leading axes.
+leading axes. `temperature` is a Python number, known at compilation.
 """
 
 import math
+import numbers
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+
+from performer_vit.errors import BadInput
 
 Theta = dict[str, jax.Array]
 
@@ -31,76 +40,337 @@ GELU_MINIMUM = -0.16997120747990369
 # of keys, are far from float32's largest number.
 MAX_EXPONENT = 10.0
 
+# The exponential map stays within exp(±15). Products then reach e^30 = 1e13 and, over 100,000 keys,
+# a normaliser of 1e18: the largest whose square, by which the quotient's gradient divides, float32
+# still holds. The smallest product, 1e-13, needs no ε.
+MAX_EXP_EXPONENT = 15.0
 
-def softmax_log_features(x: jax.Array, projection: jax.Array) -> jax.Array:
+# From here on the second moment of the optimal positive features is infinite.
+MAX_A = 0.125
+
+
+def softmax_log_features(
+    x: jax.Array, projection: jax.Array, *, temperature: float | None = None
+) -> jax.Array:
     """Logarithm of the positive random features of the softmax kernel.
 
-    log φ(x)_r = w_r·x' - |x'|²/2 - ½ log R, x' = x / D^(1/4). With rows w_r ~ N(0, I_D),
-    E[φ(q)·φ(k)] = exp(q·k/√D) (Choromanski et al. 2021, Lemma 1). φ itself over- and underflows
-    float32 where |x'| is large; its logarithm does not, so attention takes this and stabilises it.
+    log φ(x)_r = w_r·x' - ‖x'‖²/2 - ½ log R, x' = x/√τ. With rows w_r ~ N(0, I_D),
+    E[φ(q)·φ(k)] = exp(q·k/τ) (Choromanski et al. 2021, Lemma 1). φ itself over- and underflows
+    float32 where ‖x'‖ is large; its logarithm does not, so attention takes this and stabilises it.
+
+    Relative variance for independent rows, s = q' + k': (exp(‖s‖²) - 1) / R. It is least for
+    opposed pairs, whose kernel is small, and grows exponentially for long, aligned ones.
 
     Args:
       x: [..., D].
       projection: W [R, D].
+      temperature: τ > 0; None for √D.
 
     Returns:
       [..., R] float32.
+
+    Raises:
+      BadInput: `temperature` is not a positive number.
     """
-    scaled = x.astype(_accumulator(x)) * x.shape[-1] ** -0.25
-    half_square = 0.5 * jnp.sum(scaled * scaled, axis=-1, keepdims=True)
-    return _project(x, projection) - half_square - 0.5 * math.log(projection.shape[0])
+    half_square = _half_square(x, temperature)
+    return _project(x, projection, temperature) - half_square - 0.5 * math.log(projection.shape[0])
 
 
-def softmax(x: jax.Array, projection: jax.Array) -> jax.Array:
+def softmax(x: jax.Array, projection: jax.Array, *, temperature: float | None = None) -> jax.Array:
     """Positive random features of the softmax kernel, exp of `softmax_log_features`.
 
-    Not stabilised: positive as real numbers, and in float32 for |x'| up to about 10, beyond which
+    Not stabilised: positive as real numbers, and in float32 for ‖x'‖ up to about 10, beyond which
     they may under- or overflow. Use it to study the estimator, and
     `softmax_log_features` to attend.
 
     Args:
       x: [..., D].
       projection: W [R, D].
+      temperature: τ > 0; None for √D.
 
     Returns:
       [..., R] float32.
+
+    Raises:
+      BadInput: `temperature` is not a positive number.
     """
-    return jnp.exp(softmax_log_features(x, projection))
+    return jnp.exp(softmax_log_features(x, projection, temperature=temperature))
 
 
-def relu(x: jax.Array, projection: jax.Array | None = None) -> jax.Array:
+def hyperbolic_log_features(
+    x: jax.Array, projection: jax.Array, *, temperature: float | None = None
+) -> jax.Array:
+    """Logarithm of the hyperbolic random features of the softmax kernel, two from each row.
+
+    log φ(x) = ±w_r·x' - ‖x'‖²/2 - ½ log R, first + for the R/2 rows, then -. With rows
+    w_r ~ N(0, I_D), E[φ(q)·φ(k)] = exp(q·k/τ): per row it averages to the hyperbolic cosine of
+    Choromanski et al. 2021, arXiv 2009.14794.
+
+    Relative variance for independent rows, s = q' + k': (exp(‖s‖²) - 1) (1 - exp(-‖s‖²)) / R, from
+    R features of R/2 rows. That is less than that of R positive features of R rows, by the factor
+    1 - exp(-‖s‖²): much for short s, nothing for long.
+
+    Args:
+      x: [..., D].
+      projection: W [R/2, D].
+      temperature: τ > 0; None for √D.
+
+    Returns:
+      [..., R] float32.
+
+    Raises:
+      BadInput: `temperature` is not a positive number.
+    """
+    u = _project(x, projection, temperature)
+    half_square = _half_square(x, temperature)
+    return jnp.concatenate([u, -u], axis=-1) - half_square - 0.5 * math.log(2 * u.shape[-1])
+
+
+def optimal_log_features(
+    x: jax.Array,
+    projection: jax.Array,
+    a: float | jax.Array,
+    *,
+    temperature: float | None = None,
+) -> jax.Array:
+    """Logarithm of the optimal positive random features of the softmax kernel (FAVOR++).
+
+    log φ(x)_r = (D/4) log(1-4A) + A ‖w_r‖² + √(1-4A) w_r·x' - ‖x'‖²/2 - ½ log R. With rows
+    w_r ~ N(0, I_D), E[φ(q)·φ(k)] = exp(q·k/τ) for the same A at q and k (Likhosherstov et al. 2022,
+    "Chefs' Random Tables: Non-Trigonometric Random Features", arXiv 2205.15317). A = 0 gives
+    `softmax_log_features`; for A < 0 features are bounded, however long w_r.
+
+    Relative variance for independent rows, s = q' + k':
+    ((1-4A)^D (1-8A)^(-D/2) exp(‖s‖² / (1-8A)) - 1) / R. `optimal_a` minimises it.
+
+    Args:
+      x: [..., D].
+      projection: W [R, D].
+      a: A < 1/8, a number or an array that broadcasts to [..., 1], the leading axes of x. The
+        values of an array are not checked.
+      temperature: τ > 0; None for √D.
+
+    Returns:
+      [..., R] float32.
+
+    Raises:
+      BadInput: `a` is a number not below 1/8 or an array of another shape; or `temperature` is not
+        a positive number.
+    """
+    dim = x.shape[-1]
+    if isinstance(a, numbers.Real) and not -math.inf < a < MAX_A:
+        raise BadInput(
+            f'a is {a}; allowed is a finite number < {MAX_A}. Take the one of optimal_a, or 0.'
+        )
+    a = jnp.asarray(a, _accumulator(x))
+    if not _broadcasts(a.shape, (*x.shape[:-1], 1)):
+        raise BadInput(
+            f'a has shape {a.shape}, x {x.shape}; allowed is what broadcasts to '
+            f"{(*x.shape[:-1], 1)}, x's leading axes and a 1. Reshape it, or give a number."
+        )
+    # Of the matrix that _project multiplies by, or A ‖w‖² would weigh other rows than it uses.
+    rows = projection.astype(x.dtype).astype(a.dtype)
+    log_weight = 0.25 * dim * jnp.log1p(-4 * a) + a * jnp.sum(rows * rows, axis=-1)
+    log_value = jnp.sqrt(1 - 4 * a) * _project(x, projection, temperature)
+    half_square = _half_square(x, temperature)
+    return log_weight + log_value - half_square - 0.5 * math.log(projection.shape[0])
+
+
+def optimal_a(mean_square: float | jax.Array, dim: int) -> jax.Array:
+    """The A of `optimal_log_features` that is best for pairs of mean ‖q' + k'‖² = m.
+
+    A = (1 - 1/ρ) / 8 ≤ 0 with ρ = 2D / (2m + D + √((2m + D)² + 8mD)), the minimiser of
+    (1-4A)^D (1-8A)^(-D/2) exp(m / (1-8A)), by which the second moment exceeds the squared kernel
+    (Likhosherstov et al. 2022, arXiv 2205.15317). Over pairs of unequal ‖q' + k'‖² it minimises the
+    mean logarithm of that ratio.
+
+    Args:
+      mean_square: m ≥ 0 of any shape, as `mean_square_sum` gives it.
+      dim: D, the head dimension.
+
+    Returns:
+      A, of m's shape, float32 (float64 for float64 m); to about 1e-8 near m = 0, where A = 0, and
+      to float32's relative precision where m is large, up to 1e18 D.
+    """
+    ratio = jnp.asarray(mean_square) / dim
+    return (1 - 2 * ratio - jnp.sqrt((1 + 2 * ratio) ** 2 + 8 * ratio)) / 16
+
+
+def mean_square_sum(
+    query: jax.Array,
+    key: jax.Array,
+    key_mask: jax.Array | None = None,
+    *,
+    temperature: float | None = None,
+) -> jax.Array:
+    """The mean of ‖q'_n + k'_m‖² over all pairs (n, m), in linear time, for `optimal_a`.
+
+    It is mean ‖q' - q̄‖² + mean ‖k' - k̄‖² + ‖q̄ + k̄‖² with the means q̄ of q' and k̄ of k'.
+
+    Args:
+      query: [..., N, H, D].
+      key: [..., M, H, D].
+      key_mask: [..., M] bool, True for the keys that count; None for all. What the other positions
+        hold, NaN included, has no effect; where no key counts they are taken for zeros.
+      temperature: τ > 0, x' = x/√τ; None for √D.
+
+    Returns:
+      [..., 1, H, 1] float32 (float64 for float64 inputs), at least 0.
+
+    Raises:
+      BadInput: `temperature` is not a positive number.
+    """
+    query_mean, query_spread = _mean_and_spread(_scaled(query, temperature), None)
+    key_mean, key_spread = _mean_and_spread(_scaled(key, temperature), key_mask)
+    # Not mean ‖q'‖² + mean ‖k'‖² + 2 q̄·k̄: where q' = -k' rounding could leave it negative.
+    mean_sum = query_mean + key_mean
+    return query_spread + key_spread + jnp.sum(mean_sum * mean_sum, axis=-1, keepdims=True)
+
+
+def trigonometric(
+    x: jax.Array, projection: jax.Array, *, temperature: float | None = None
+) -> tuple[jax.Array, jax.Array]:
+    """Random Fourier features of the Gaussian kernel, and the scale that makes it the softmax's.
+
+    φ(x) = √(2/R) [cos(w_r·x'), sin(w_r·x')], first the cosines of the R/2 rows, then the sines,
+    and c(x) = ‖x'‖²/2. With rows w_r ~ N(0, I_D), E[φ(q)·φ(k)] exp(c(q) + c(k)) = exp(q·k/τ)
+    (Rahimi and Recht 2007, "Random Features for Large-Scale Kernel Machines"). Features are signed:
+    the normaliser of an attention with them may be 0 or negative.
+
+    Relative variance for independent rows, d = q' - k': (exp(‖d‖²) - 1) (1 - exp(-‖d‖²)) / R, from
+    R features of R/2 rows. It is 0 for q' = k', and grows exponentially for pairs far apart, whose
+    kernel is small: there the estimate is mostly noise.
+
+    Args:
+      x: [..., D].
+      projection: W [R/2, D].
+      temperature: τ > 0; None for √D.
+
+    Returns:
+      φ(x) [..., R] float32, and c(x) [...] float32.
+
+    Raises:
+      BadInput: `temperature` is not a positive number.
+    """
+    u = _project(x, projection, temperature)
+    features = jnp.concatenate([jnp.cos(u), jnp.sin(u)], axis=-1) * u.shape[-1] ** -0.5
+    return features, _half_square(x, temperature)[..., 0]
+
+
+def elementwise(
+    x: jax.Array,
+    projection: jax.Array | None,
+    function: Callable[[jax.Array], jax.Array],
+    *,
+    temperature: float | None = None,
+    epsilon: float = EPSILON,
+) -> jax.Array:
+    """φ(x)_r = (f(w_r·x') + ε) / √R for any f, applied to all w_r·x' at once, entry by entry.
+
+    The generalised attention of Choromanski et al. 2021, arXiv 2009.14794, section 4. Features are
+    non-negative where f ≥ -ε; nothing here checks it.
+
+    Args:
+      x: [..., D].
+      projection: W [R, D], or None for x' itself in its place (R = D).
+      function: f, from a float32 array to a real one of the same shape, differentiable by JAX.
+      temperature: τ > 0, x' = x/√τ; None for √D.
+      epsilon: ε.
+
+    Returns:
+      [..., R] float32.
+
+    Raises:
+      BadInput: `function` cannot be called, or returns another shape or complex numbers; or
+        `temperature` is not a positive number.
+    """
+    if not callable(function):
+        raise BadInput(
+            f'function is {function!r}; allowed is a callable of one array. Give one, such as '
+            'jax.nn.relu.'
+        )
+    u = _project(x, projection, temperature)
+    value = jnp.asarray(function(u))
+    if value.shape != u.shape or jnp.iscomplexobj(value):
+        raise BadInput(
+            f'function returns {value.dtype}{list(value.shape)} for {u.dtype}{list(u.shape)}; '
+            'allowed are real numbers of the same shape. Give one that acts on each entry by '
+            'itself.'
+        )
+    return _normalise(value.astype(u.dtype) + epsilon)
+
+
+def relu(
+    x: jax.Array, projection: jax.Array | None = None, *, temperature: float | None = None
+) -> jax.Array:
     """φ(x)_r = (max(w_r·x', 0) + ε) / √R, at least ε/√R > 0 by construction.
 
     The generalised attention with f = ReLU of Choromanski et al. 2021, section 4, with the same ε.
 
     Args:
-      x: [..., D].
-      projection: W [R, D], or None for x' itself in its place (R = D).
+      x, projection, temperature: see `elementwise`.
 
     Returns:
       [..., R] float32.
+
+    Raises:
+      BadInput: `temperature` is not a positive number.
     """
-    return _normalise(jax.nn.relu(_project(x, projection)) + EPSILON)
+    return elementwise(x, projection, jax.nn.relu, temperature=temperature)
 
 
-def gelu(x: jax.Array, projection: jax.Array | None = None) -> jax.Array:
+def relu_squared(
+    x: jax.Array, projection: jax.Array | None = None, *, temperature: float | None = None
+) -> jax.Array:
+    """φ(x)_r = (max(w_r·x', 0)² + ε) / √R, at least ε/√R > 0 by construction.
+
+    The squared ReLU of So et al. 2021, "Primer: Searching for Efficient Transformers for Language
+    Modeling", arXiv 2109.08668, there the activation of the MLP. It sharpens attention. Products
+    grow with the fourth power of x, to 1e16 where w_r·x' is 1e4: float32 holds the sum of 1e5 of
+    them, but not the square of a normaliser above 1e19, without which the gradient of a quotient
+    loses the normaliser's part.
+
+    Args:
+      x, projection, temperature: see `elementwise`.
+
+    Returns:
+      [..., R] float32.
+
+    Raises:
+      BadInput: `temperature` is not a positive number.
+    """
+    return elementwise(x, projection, lambda u: jnp.square(jax.nn.relu(u)), temperature=temperature)
+
+
+def gelu(
+    x: jax.Array, projection: jax.Array | None = None, *, temperature: float | None = None
+) -> jax.Array:
     """φ(x)_r = (GELU(w_r·x') - min GELU + ε) / √R, at least about ε/√R > 0 by construction.
 
     GELU(u) = u Φ(u) (Hendrycks and Gimpel 2016, arXiv 1606.08415; exact, not the tanh formula)
     dips to -0.16997; shifted by that minimum it is never negative. ε also covers its rounding.
 
     Args:
-      x: [..., D].
-      projection: W [R, D], or None for x' itself in its place (R = D).
+      x, projection, temperature: see `elementwise`.
 
     Returns:
       [..., R] float32.
+
+    Raises:
+      BadInput: `temperature` is not a positive number.
     """
-    value = jax.nn.gelu(_project(x, projection), approximate=False)
-    return _normalise(value + (EPSILON - GELU_MINIMUM))
+    return elementwise(
+        x,
+        projection,
+        lambda u: jax.nn.gelu(u, approximate=False),
+        temperature=temperature,
+        epsilon=EPSILON - GELU_MINIMUM,
+    )
 
 
-def elu(x: jax.Array, projection: jax.Array | None = None) -> jax.Array:
+def elu(
+    x: jax.Array, projection: jax.Array | None = None, *, temperature: float | None = None
+) -> jax.Array:
     """φ(x)_r = (ELU(w_r·x') + 1 + ε) / √R, at least ε/√R > 0 by construction.
 
     ELU(u) + 1 is u + 1 for u > 0 and exp(u) elsewhere (Katharopoulos et al. 2020, "Transformers are
@@ -108,16 +378,159 @@ def elu(x: jax.Array, projection: jax.Array | None = None) -> jax.Array:
     underflows.
 
     Args:
-      x: [..., D].
-      projection: W [R, D], or None for x' itself in its place (R = D).
+      x, projection, temperature: see `elementwise`.
 
     Returns:
       [..., R] float32.
+
+    Raises:
+      BadInput: `temperature` is not a positive number.
     """
-    u = _project(x, projection)
     # Not jax.nn.elu(u) + 1, whose expm1(u) + 1 cancels to 0 from u = -17 on.
-    value = jnp.where(u > 0, u + 1, jnp.exp(jnp.minimum(u, 0)))
-    return _normalise(value + EPSILON)
+    return elementwise(
+        x,
+        projection,
+        lambda u: jnp.where(u > 0, u + 1, jnp.exp(jnp.minimum(u, 0))),
+        temperature=temperature,
+    )
+
+
+def sigmoid(
+    x: jax.Array, projection: jax.Array | None = None, *, temperature: float | None = None
+) -> jax.Array:
+    """φ(x)_r = (1 / (1 + exp(-w_r·x')) + ε) / √R, at least ε/√R > 0 by construction.
+
+    The generalised attention of Choromanski et al. 2021, section 4, with f the logistic function:
+    bounded, so that no key can outweigh the others by its length. ε keeps it positive where f
+    underflows.
+
+    Args:
+      x, projection, temperature: see `elementwise`.
+
+    Returns:
+      [..., R] float32.
+
+    Raises:
+      BadInput: `temperature` is not a positive number.
+    """
+    return elementwise(x, projection, jax.nn.sigmoid, temperature=temperature)
+
+
+def softplus(
+    x: jax.Array, projection: jax.Array | None = None, *, temperature: float | None = None
+) -> jax.Array:
+    """φ(x)_r = (log(1 + exp(w_r·x')) + ε) / √R, at least ε/√R > 0 by construction.
+
+    The generalised attention of Choromanski et al. 2021, section 4, with f a smooth ReLU whose
+    gradient is nowhere 0. ε keeps it positive where f underflows.
+
+    Args:
+      x, projection, temperature: see `elementwise`.
+
+    Returns:
+      [..., R] float32.
+
+    Raises:
+      BadInput: `temperature` is not a positive number.
+    """
+    return elementwise(x, projection, jax.nn.softplus, temperature=temperature)
+
+
+def exp(
+    x: jax.Array, projection: jax.Array | None = None, *, temperature: float | None = None
+) -> jax.Array:
+    """φ(x)_r = exp(clamp(w_r·x', ±15)) / √R, at least e^-15/√R > 0 by construction; no ε.
+
+    The generalised attention of Choromanski et al. 2021, section 4, with f = exp. Not the softmax
+    estimator, which is `softmax`: without exp(-‖x'‖²/2) a key counts exp(‖k'‖²/2) times what it
+    does in softmax attention. Beyond ±15 features are constant and gradients 0: products then stay
+    within e^±30, about 1e±13, and 1e5 of them within 1e18, so that float32 holds the normaliser
+    and its square, which the gradient of the quotient needs.
+
+    Args:
+      x, projection, temperature: see `elementwise`.
+
+    Returns:
+      [..., R] float32.
+
+    Raises:
+      BadInput: `temperature` is not a positive number.
+    """
+    return elementwise(
+        x,
+        projection,
+        lambda u: jnp.exp(jnp.clip(u, -MAX_EXP_EXPONENT, MAX_EXP_EXPONENT)),
+        temperature=temperature,
+        epsilon=0.0,
+    )
+
+
+def identity(
+    x: jax.Array, projection: jax.Array | None = None, *, temperature: float | None = None
+) -> jax.Array:
+    """φ(x)_r = w_r·x' / √R, without ε: signed features.
+
+    E[φ(q)·φ(k)] = q·k/τ with rows w_r ~ N(0, I_D), and φ(q)·φ(k) = q·k/(τD) without a projection.
+    Attention with them is linear attention without positivity, whose normaliser may be 0 or
+    negative.
+
+    Args:
+      x, projection, temperature: see `elementwise`.
+
+    Returns:
+      [..., R] float32, of any sign.
+
+    Raises:
+      BadInput: `temperature` is not a positive number.
+    """
+    return elementwise(x, projection, lambda u: u, temperature=temperature, epsilon=0.0)
+
+
+def cosine_reweight(features: jax.Array, positions: jax.Array, horizon: int) -> jax.Array:
+    """Features that weigh every pair of positions p, p' by cos(π (p - p') / (2·horizon)) besides.
+
+    φ'(x) = [φ(x) cos(π p / (2·horizon)), φ(x) sin(π p / (2·horizon))], so that φ'(q)·φ'(k) is
+    φ(q)·φ(k) times that cosine: near tokens count more (cosFormer: Qin et al. 2022, "cosFormer:
+    Rethinking Softmax in Attention", arXiv 2202.08791). Both factors are in [0, 1], so features
+    that are non-negative stay so.
+
+    Args:
+      features: φ(x) [..., N, H, R].
+      positions: p, integers [N] or [..., N], with 0 ≤ p < horizon. Their values are not checked;
+        beyond the horizon weights turn negative.
+      horizon: an integer ≥ 1 above every position of queries and keys, the same for both.
+
+    Returns:
+      [..., N, H, 2R] float32 (float64 for float64 features), first the cosines, then the sines.
+
+    Raises:
+      BadInput: `positions` are no integers or of another shape, or `horizon` is no integer ≥ 1.
+    """
+    if not isinstance(horizon, numbers.Integral) or horizon < 1:
+        raise BadInput(
+            f'horizon is {horizon!r}; allowed is an integer ≥ 1. Set it to the largest position '
+            'plus 1, or more.'
+        )
+    positions = jnp.asarray(positions)
+    tokens = features.shape[:-2]
+    if not jnp.issubdtype(positions.dtype, jnp.integer):
+        raise BadInput(
+            f'positions has dtype {positions.dtype}; allowed is an integer one. Number the tokens, '
+            'as jnp.arange does.'
+        )
+    if positions.shape[-1:] != tokens[-1:] or not _broadcasts(positions.shape, tokens):
+        raise BadInput(
+            f'positions has shape {positions.shape}, features {features.shape}; allowed is '
+            f'[{tokens[-1]}] or what broadcasts to {tokens}. Give one position for every token.'
+        )
+    features = features.astype(_accumulator(features))
+    positions = positions.astype(jnp.int32)[..., None, None]
+    step = math.pi / (2 * horizon)
+    # The cosine as the sine of the complement: near π/2 rounding would make the cosine negative.
+    cosine, sine = (
+        jnp.sin(steps.astype(features.dtype) * step) for steps in (horizon - positions, positions)
+    )
+    return jnp.concatenate([features * cosine, features * sine], axis=-1)
 
 
 def init_theta(key: jax.Array, dim: int, hidden: int, num_features: int, *, mixture: bool) -> Theta:
@@ -152,7 +565,7 @@ def init_theta(key: jax.Array, dim: int, hidden: int, num_features: int, *, mixt
     return theta
 
 
-def ftheta(x: jax.Array, theta: Theta) -> jax.Array:
+def ftheta(x: jax.Array, theta: Theta, *, temperature: float | None = None) -> jax.Array:
     """Learnable map φ(x) = (ReLU(u) + ε) / √R, at least ε/√R > 0 by construction.
 
     u = A₂ ReLU(A₁ x' + b₁) + b₂, a perceptron of one hidden layer.
@@ -160,27 +573,36 @@ def ftheta(x: jax.Array, theta: Theta) -> jax.Array:
     Args:
       x: [..., D].
       theta: as `init_theta(..., mixture=False)` makes it.
+      temperature: τ > 0, x' = x/√τ; None for √D.
 
     Returns:
       [..., R] float32.
+
+    Raises:
+      BadInput: `temperature` is not a positive number.
     """
-    return _normalise(jax.nn.relu(_perceptron(x, theta)) + EPSILON)
+    return _normalise(jax.nn.relu(_perceptron(x, theta, temperature)) + EPSILON)
 
 
-def ftheta_mixture(x: jax.Array, theta: Theta) -> jax.Array:
-    """Learnable map φ(x) = (a ReLU(u) + (1 - a) exp(clamp(u/τ, ±10)) + ε) / √R, at least ε/√R > 0.
+def ftheta_mixture(x: jax.Array, theta: Theta, *, temperature: float | None = None) -> jax.Array:
+    """Learnable map φ(x) = (a ReLU(u) + (1 - a) exp(clamp(u/t, ±10)) + ε) / √R, at least ε/√R > 0.
 
     u is the perceptron of `ftheta`; the weight a = sigmoid(`mixture_logit`) and the temperature
-    τ = exp(`log_temperature`) are learnt, one of each for the map.
+    t = exp(`log_temperature`) of the exponential, which is not τ, are learnt, one of each for the
+    map.
 
     Args:
       x: [..., D].
       theta: as `init_theta(..., mixture=True)` makes it.
+      temperature: τ > 0, x' = x/√τ; None for √D.
 
     Returns:
       [..., R] float32.
+
+    Raises:
+      BadInput: `temperature` is not a positive number.
     """
-    u = _perceptron(x, theta)
+    u = _perceptron(x, theta, temperature)
     weight = jax.nn.sigmoid(theta['mixture_logit'])
     exponent = jnp.clip(u * jnp.exp(-theta['log_temperature']), -MAX_EXPONENT, MAX_EXPONENT)
     return _normalise(weight * jax.nn.relu(u) + (1 - weight) * jnp.exp(exponent) + EPSILON)
@@ -190,22 +612,60 @@ def _accumulator(x: jax.Array) -> jnp.dtype:
     return jnp.promote_types(x.dtype, jnp.float32)
 
 
+def _broadcasts(shape: tuple[int, ...], target: tuple[int, ...]) -> bool:
+    padded = (1,) * (len(target) - len(shape)) + shape
+    return len(padded) == len(target) and all(
+        s in (1, t) for s, t in zip(padded, target, strict=True)
+    )
+
+
+def _scale(x: jax.Array, temperature: float | None) -> float:
+    """1/√τ: x' = x · scale."""
+    if temperature is None:
+        return x.shape[-1] ** -0.25
+    if not isinstance(temperature, numbers.Real) or not 0 < temperature < math.inf:
+        raise BadInput(
+            f'temperature is {temperature!r}; allowed is a finite number > 0, known at '
+            'compilation. Set it to one, or to None for the root of the head dimension.'
+        )
+    return float(temperature) ** -0.5
+
+
+def _scaled(x: jax.Array, temperature: float | None) -> jax.Array:
+    """x' in float32."""
+    return x.astype(_accumulator(x)) * _scale(x, temperature)
+
+
+def _half_square(x: jax.Array, temperature: float | None) -> jax.Array:
+    """‖x'‖²/2 [..., 1]."""
+    scaled = _scaled(x, temperature)
+    return 0.5 * jnp.sum(scaled * scaled, axis=-1, keepdims=True)
+
+
+def _mean_and_spread(x: jax.Array, mask: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+    """Over the tokens that `mask` lets through: x̄ [..., 1, H, D], mean ‖x - x̄‖² [..., 1, H, 1]."""
+    keep = jnp.ones((x.shape[-3], 1, 1), bool) if mask is None else mask[..., None, None]
+    count = jnp.maximum(jnp.sum(keep, axis=-3, keepdims=True), 1)
+    mean = jnp.sum(jnp.where(keep, x, 0), axis=-3, keepdims=True) / count
+    deviation = jnp.where(keep, x - mean, 0)
+    return mean, jnp.sum(deviation * deviation, axis=(-3, -1), keepdims=True) / count
+
+
 def _dense(x: jax.Array, kernel: jax.Array) -> jax.Array:
     return jnp.einsum(
         '...d,dr->...r', x, kernel.astype(x.dtype), preferred_element_type=_accumulator(x)
     )
 
 
-def _project(x: jax.Array, projection: jax.Array | None) -> jax.Array:
+def _project(x: jax.Array, projection: jax.Array | None, temperature: float | None) -> jax.Array:
     # x is scaled after the product, in float32, not rounded once more before it.
-    scale = x.shape[-1] ** -0.25
     if projection is None:
-        return x.astype(_accumulator(x)) * scale
-    return _dense(x, projection.T) * scale
+        return _scaled(x, temperature)
+    return _dense(x, projection.T) * _scale(x, temperature)
 
 
-def _perceptron(x: jax.Array, theta: Theta) -> jax.Array:
-    hidden = _dense(x, theta['hidden_kernel']) * x.shape[-1] ** -0.25 + theta['hidden_bias']
+def _perceptron(x: jax.Array, theta: Theta, temperature: float | None) -> jax.Array:
+    hidden = _dense(x, theta['hidden_kernel']) * _scale(x, temperature) + theta['hidden_bias']
     hidden = jax.nn.relu(hidden).astype(x.dtype)
     return _dense(hidden, theta['output_kernel']) + theta['output_bias']
 

@@ -1,4 +1,4 @@
-"""Feature maps against NumPy, their positivity, and the estimator of the softmax kernel."""
+"""Feature maps against NumPy, their positivity, and the estimators of the softmax kernel."""
 
 import functools
 import math
@@ -7,15 +7,33 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.optimize
+import scipy.special
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from performer_vit import feature_maps, projections
+from performer_vit.errors import BadInput
 from tests import reference
 
 PROJECTED = ('relu', 'gelu', 'elu')
 LEARNT = ('ftheta', 'ftheta_mixture')
+
+# f with its ε, in NumPy.
+FUNCTIONS = {
+    'relu': lambda u: np.maximum(u, 0) + 1e-3,
+    'relu_squared': lambda u: np.maximum(u, 0) ** 2 + 1e-3,
+    'gelu': lambda u: u * scipy.special.ndtr(u) + 0.16997120747990369 + 1e-3,
+    'elu': lambda u: np.where(u > 0, u + 1, np.exp(np.minimum(u, 0))) + 1e-3,
+    'sigmoid': lambda u: scipy.special.expit(u) + 1e-3,
+    'softplus': lambda u: np.logaddexp(u, 0) + 1e-3,
+    'exp': lambda u: np.exp(np.clip(u, -15, 15)),
+    'identity': lambda u: u,
+}
+POSITIVE = tuple(kernel for kernel in FUNCTIONS if kernel != 'identity')
+# The least value of f; that of the exponential's clamp where it has no ε.
+FLOOR = {'exp': math.exp(-15)}
 
 
 @functools.cache
@@ -80,17 +98,17 @@ def test_gelu_minimum():
     assert feature_maps.GELU_MINIMUM == pytest.approx(gelu.min(), abs=1e-14)
 
 
-@pytest.mark.parametrize('kernel', PROJECTED)
+@pytest.mark.parametrize('kernel', [kernel for kernel in POSITIVE if kernel != 'relu_squared'])
 def test_positive_at_every_scale_of_float32(kernel):
     """All signs and exponents of float32, by bit patterns; catches ELU's cancellation to 0.
 
-    Subnormal and infinite patterns are left out.
+    Subnormal and infinite patterns are left out, as is the squared ReLU, which leaves float32.
     """
     bits = np.linspace(0x00800000, 0x7F7FFFFF, 200_001).astype(np.uint32)
     x = np.concatenate([bits, bits | np.uint32(0x80000000)]).view(np.float32)
     x = np.concatenate([x, np.linspace(-20, 20, 200_001, dtype=np.float32)])[:, None]
     features = np.asarray(jax.jit(getattr(feature_maps, kernel))(x))
-    assert np.all(features >= 0.99 * feature_maps.EPSILON)
+    assert np.all(features >= 0.99 * FLOOR.get(kernel, feature_maps.EPSILON))
     assert np.all(np.isfinite(features))
 
 
@@ -103,7 +121,7 @@ EXTREME = hnp.arrays(
 )
 
 
-@pytest.mark.parametrize('kernel', [*PROJECTED, *LEARNT])
+@pytest.mark.parametrize('kernel', [*POSITIVE, *LEARNT])
 def test_positive_and_finite_on_extreme_inputs(kernel):
     """|x| to 1e3; catches a map that goes negative or overflows."""
     phi, _ = feature_map(kernel)
@@ -112,23 +130,141 @@ def test_positive_and_finite_on_extreme_inputs(kernel):
     @given(EXTREME, st.sampled_from([jnp.float32, jnp.bfloat16]))
     def check(x, dtype):
         features = np.asarray(phi(jnp.asarray(x, dtype)))
-        assert np.all(features > 0.99 * feature_maps.EPSILON / 6**0.5)
+        assert np.all(features > 0.99 * FLOOR.get(kernel, feature_maps.EPSILON) / 6**0.5)
         assert np.all(np.isfinite(features))
 
     check()
 
 
-LOG_FEATURES = jax.jit(feature_maps.softmax_log_features)
+LOG_KERNELS = ('softmax_log_features', 'hyperbolic_log_features', 'optimal_log_features')
+# Every map of x [..., 4] alone that has a reference below; and every function with a temperature.
+REFERENCED = (*FUNCTIONS, 'elementwise', 'softmax', 'trigonometric', *LOG_KERNELS)
+SCALED = (*REFERENCED, 'mean_square_sum', *LEARNT)
+# A of `optimal_log_features` wherever it does not matter which.
+A = -0.3
 
 
-@settings(max_examples=60, deadline=None)
-@given(EXTREME)
-def test_softmax_log_features_on_extreme_inputs(x):
+def any_map(name, **options):
+    """x [..., 4] ↦ all that the function gives, with fixed weights; x's neighbours are the keys."""
+    function = functools.partial(getattr(feature_maps, name), **options)
+    if name in LEARNT:
+        return functools.partial(function, theta=theta_for(name))
+    if name == 'mean_square_sum':
+        return lambda x: function(x[:, None], x[::-1, None])
+    arguments = {'elementwise': {'function': jnp.tanh}, 'optimal_log_features': {'a': A}}
+    projection = projections.gaussian(jax.random.key(0), 6, 4)
+    return functools.partial(function, projection=projection, **arguments.get(name, {}))
+
+
+def scaled(x):
+    """x' in float64."""
+    return np.asarray(x, np.float64) / x.shape[-1] ** 0.25
+
+
+def feature_reference(name, x, w, a=A):
+    """The docstrings' formulas in float64; of 'trigonometric' the features alone."""
+    x, w = scaled(x), np.asarray(w, np.float64)
+    u, half_square = x @ w.T, np.sum(x**2, axis=-1, keepdims=True) / 2
+    root = len(w) ** 0.5
+    if name in FUNCTIONS:
+        return FUNCTIONS[name](u) / root
+    if name == 'elementwise':
+        return (np.tanh(u) + 1e-3) / root
+    if name == 'trigonometric':
+        return np.concatenate([np.cos(u), np.sin(u)], axis=-1) / root
+    if name == 'softmax':
+        return np.exp(u - half_square) / root
+    if name == 'softmax_log_features':
+        return u - half_square - np.log(root)
+    if name == 'hyperbolic_log_features':
+        return np.concatenate([u, -u], axis=-1) - half_square - np.log(2**0.5 * root)
+    weight = (1 - 4 * a) ** (x.shape[-1] / 4) * np.exp(a * np.sum(w**2, axis=-1))
+    return np.log(weight) + np.sqrt(1 - 4 * a) * u - half_square - np.log(root)
+
+
+@pytest.mark.parametrize('kernel', LOG_KERNELS)
+def test_log_features_on_extreme_inputs(kernel):
     """Catches an exponential taken before the stabiliser, where it under- or overflows."""
+    log_map = jax.jit(any_map(kernel))
     w = projections.gaussian(jax.random.key(0), 6, 4)
-    log_features = LOG_FEATURES(x, w)
-    expected = reference.log_features('softmax', x, w) - 0.5 * np.log(6)
-    np.testing.assert_allclose(log_features, expected, rtol=1e-5, atol=1e-2)
+
+    @settings(max_examples=60, deadline=None)
+    @given(EXTREME, st.sampled_from([jnp.float32, jnp.bfloat16]))
+    def check(x, dtype):
+        x = jnp.asarray(x, dtype)
+        expected = feature_reference(kernel, x, w.astype(dtype))
+        np.testing.assert_allclose(log_map(x), expected, rtol=1e-5, atol=1e-2)
+
+    check()
+
+
+@pytest.mark.parametrize('name', REFERENCED)
+@pytest.mark.parametrize('dtype', [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize('size', [1, 30])
+def test_formulas_against_numpy(name, dtype, size):
+    """Catches a wrong function, term, ε, clamp or order of features; 30 is far beyond exp's clamp.
+
+    The reference gets the weights as rounded to the compute dtype: catches ‖w‖² of other rows than
+    those of the product, too.
+    """
+    x = (size * np.random.default_rng(1).normal(size=(2, 5, 3, 4))).astype(dtype)
+    actual = jax.jit(any_map(name))(x)
+    features = actual[0] if name == 'trigonometric' else actual
+    assert features.dtype == jnp.float32
+    w = projections.gaussian(jax.random.key(0), 6, 4).astype(dtype)
+    tolerance = 1e-5 * size
+    np.testing.assert_allclose(
+        features, feature_reference(name, x, w), rtol=tolerance, atol=tolerance
+    )
+
+
+def test_trigonometric_scale():
+    """Catches a scale of another shape, or without the half."""
+    x = np.random.default_rng(1).normal(size=(2, 5, 3, 4)).astype(np.float32)
+    _, log_scale = jax.jit(any_map('trigonometric'))(x)
+    np.testing.assert_allclose(log_scale, np.sum(x**2, axis=-1) / 4, rtol=1e-5)
+
+
+@pytest.mark.parametrize('kernel', FUNCTIONS)
+def test_without_projection_the_function_acts_on_the_inputs(kernel):
+    x = np.random.default_rng(1).normal(size=(5, 4)).astype(np.float32)
+    expected = feature_reference(kernel, x, np.eye(4))
+    np.testing.assert_allclose(
+        jax.jit(getattr(feature_maps, kernel))(x), expected, rtol=1e-5, atol=1e-6
+    )
+
+
+@pytest.mark.parametrize('name', REFERENCED)
+def test_gradients_against_central_differences(name):
+    """Catches a derivative that a clamp, a branch or a custom rule gets wrong."""
+    x, direction = np.random.default_rng(2).normal(size=(2, 3, 4))
+    w = projections.gaussian(jax.random.key(0), 6, 4)
+    # Unequal weights of the features in the sum, so that errors cannot cancel.
+    weights = np.random.default_rng(3).normal(size=feature_reference(name, x, w).shape)
+
+    def total(x):
+        return np.sum(weights * feature_reference(name, x, w))
+
+    def total_in_jax(x):
+        actual = any_map(name)(x)
+        return jnp.sum(weights * (actual[0] if name == 'trigonometric' else actual))
+
+    expected = (total(x + 1e-5 * direction) - total(x - 1e-5 * direction)) / 2e-5
+    gradient = jax.jit(jax.grad(total_in_jax))(np.float32(x))
+    assert np.sum(gradient * direction) == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize('name', REFERENCED)
+def test_float64_inputs_give_float64(name):
+    """Catches a float32 constant or cast, which would show at 1e-12."""
+    x = np.random.default_rng(1).normal(size=(5, 4))
+    w = projections.gaussian(jax.random.key(0), 6, 4)
+    with jax.enable_x64(True):
+        actual = any_map(name)(jnp.asarray(x))
+        features = actual[0] if name == 'trigonometric' else actual
+        assert features.dtype == jnp.float64
+        expected = feature_reference(name, x, w)
+        np.testing.assert_allclose(features, expected, rtol=1e-12, atol=1e-13)
 
 
 @pytest.mark.parametrize('name', ['mixture_logit', 'log_temperature'])
@@ -186,3 +322,322 @@ def test_orthogonal_rows_have_less_variance():
     gain = errors['gaussian'].mean() - errors['orthogonal'].mean()
     spread = np.sqrt(sum(error.var() / error.size for error in errors.values()))
     assert gain > 3.7 * spread
+
+
+@pytest.mark.parametrize('name', SCALED)
+def test_temperature_scales_the_inputs(name):
+    """τ = √D is the default, and τ is x' = x/√τ; catches a term that keeps its own scale."""
+    x = np.random.default_rng(1).normal(size=(5, 4)).astype(np.float32)
+    for temperature, factor in ((2.0, 1), (8, 0.5), (np.float32(0.5), 2)):
+        actual = jax.jit(any_map(name, temperature=temperature))(x)
+        expected = jax.jit(any_map(name))(np.float32(factor) * x)
+        jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5), actual, expected)
+
+
+@pytest.mark.parametrize('name', SCALED)
+def test_temperature_must_be_a_positive_number(name):
+    for temperature in (0, -1.0, math.nan, math.inf, 'warm', jnp.ones(())):
+        with pytest.raises(BadInput, match='temperature is .*None for the root'):
+            any_map(name, temperature=temperature)(jnp.ones((5, 4)))
+
+
+@pytest.mark.parametrize('name', [name for name in SCALED if name != 'softmax'])
+@pytest.mark.parametrize('dtype', [jnp.float32, jnp.bfloat16])
+def test_finite_forward_and_backward_at_1e3(name, dtype):
+    """Every |x_d| at 1e3, in all sign patterns: catches 0 · ∞ in a gradient, and an overflow.
+
+    `softmax` is left out, which says that it leaves float32's range.
+    """
+    x = jnp.asarray(1e3 * np.array(np.meshgrid(*[[-1, 1]] * 4)).reshape(4, 16).T, dtype)
+
+    @jax.jit
+    def value_and_gradient(x):
+        values, pullback = jax.vjp(any_map(name), x)
+        return values, pullback(jax.tree.map(jnp.ones_like, values))
+
+    for leaf in jax.tree.leaves(value_and_gradient(x)):
+        assert np.all(np.isfinite(np.float32(leaf)))
+
+
+def test_exponential_leaves_room_for_the_normaliser():
+    """Over 100,000 keys the square of the normaliser, and its inverse, stay normal in float32.
+
+    The quotient's gradient divides by that square. Catches a larger clamp.
+    """
+    ends = np.float32([[-1e3], [1e3]])
+    features = np.asarray(jax.jit(feature_maps.exp)(ends), np.float64)
+    np.testing.assert_allclose(features, np.exp([[-15], [15]]), rtol=1e-5)
+    smallest, largest = features[:, 0] ** 2
+    limits = np.finfo(np.float32)
+    assert (1e5 * largest) ** 2 < limits.max
+    assert 1 / smallest**2 < limits.max
+    assert np.all(jax.grad(lambda x: jnp.sum(feature_maps.exp(x)))(ends) == 0)
+
+
+def test_elementwise_takes_any_function():
+    """A function of no named map, with an ε of its own; catches ε or √R left out."""
+    x = np.random.default_rng(1).normal(size=(5, 4)).astype(np.float32)
+    w = projections.gaussian(jax.random.key(0), 6, 4)
+    u = scaled(x) @ np.float64(w).T
+    actual = feature_maps.elementwise(x, w, lambda u: u**4 / (1 + u**2), epsilon=0.25)
+    np.testing.assert_allclose(actual, (u**4 / (1 + u**2) + 0.25) / 6**0.5, rtol=1e-5)
+    # A result in another dtype does not make the features leave float32.
+    for dtype in (jnp.bfloat16, bool):
+        steps = feature_maps.elementwise(x, w, lambda u, d=dtype: (u > 0).astype(d), epsilon=0.0)
+        assert steps.dtype == jnp.float32
+        np.testing.assert_allclose(steps, (u > 0) / 6**0.5, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    'function', [lambda u: u[..., :3], lambda u: 1.0, jnp.sum, lambda u: 1j * u, 'relu', None]
+)
+def test_elementwise_refuses_what_is_no_elementwise_function(function):
+    """Catches a function over the features, whose result would broadcast."""
+    with pytest.raises(BadInput, match='^function'):
+        feature_maps.elementwise(jnp.ones((5, 4)), None, function)
+
+
+def test_optimal_features_with_an_a_for_every_batch_element_and_head():
+    """Catches A broadcast along another axis, and A = 0 that is not the positive features."""
+    x = np.random.default_rng(1).normal(size=(2, 5, 3, 4)).astype(np.float32)
+    w = projections.gaussian(jax.random.key(0), 6, 4)
+    a = np.linspace(-2, 0.12, 6, dtype=np.float32).reshape(2, 1, 3, 1)
+    optimal = jax.jit(feature_maps.optimal_log_features)
+    expected = feature_reference('optimal_log_features', x, w, np.float64(a))
+    np.testing.assert_allclose(optimal(x, w, a), expected, rtol=1e-5, atol=1e-5)
+    positive = jax.jit(feature_maps.softmax_log_features)(x, w)
+    np.testing.assert_allclose(optimal(x, w, 0.0), positive, rtol=1e-6)
+
+
+@pytest.mark.parametrize('a', [0.125, 1, math.nan, -math.inf, np.zeros(6), np.zeros((5, 1, 3, 1))])
+def test_optimal_features_refuse_an_a_without_a_variance_or_of_another_shape(a):
+    """[6] would broadcast against the features, [5, 1, 3, 1] against a batch of 1."""
+    with pytest.raises(BadInput, match='^a '):
+        feature_maps.optimal_log_features(jnp.ones((1, 5, 3, 4)), jnp.ones((6, 4)), a)
+
+
+# Pairs in the coordinates of q' and k': aligned, unrelated, opposed. ‖q' + k'‖² is at most 0.37:
+# from about 0.6 on the tails are too heavy for a sample variance to be trusted.
+QUERY = 0.7 * np.float32([[0.4, 0.2, -0.1, 0.3]] * 3)
+KEY = 0.7 * np.float32([[0.3, 0.1, 0.2, 0.1], [-0.3, 0.4, 0.1, 0.2], [-0.4, 0.1, 0.3, -0.2]])
+NUM_ROWS = 200_000
+SUM_SQUARE = np.sum(np.float64(QUERY + KEY) ** 2, axis=-1)
+DIFFERENCE_SQUARE = np.sum(np.float64(QUERY - KEY) ** 2, axis=-1)
+KERNEL = np.exp(np.sum(np.float64(QUERY * KEY), axis=-1))
+
+
+def second_moment(a, sum_square, dim):
+    """E[(φ_r(q) φ_r(k) R)²] / exp(2 q'·k') of the optimal features, by the Gaussian integral."""
+    return (1 - 4 * a) ** dim * (1 - 8 * a) ** (-dim / 2) * np.exp(sum_square / (1 - 8 * a))
+
+
+# A of the optimal features, by the name of the estimator.
+OPTIMAL = {
+    'optimal': -0.1,
+    'optimal_above_0': 0.03,
+    'best': np.asarray(feature_maps.optimal_a(SUM_SQUARE, 4))[:, None],
+}
+# Relative variance of the estimate from one row: that from R features is, for independent rows,
+# divided by R, and by R/2 where a row makes two features.
+VARIANCES = {
+    'positive': np.exp(SUM_SQUARE) - 1,
+    'hyperbolic': np.cosh(SUM_SQUARE) - 1,
+    'trigonometric': np.cosh(DIFFERENCE_SQUARE) - 1,
+    'optimal': second_moment(OPTIMAL['optimal'], SUM_SQUARE, 4) - 1,
+    'optimal_above_0': second_moment(OPTIMAL['optimal_above_0'], SUM_SQUARE, 4) - 1,
+}
+
+
+@functools.cache
+def row_estimates(estimator):
+    """φ(q)·φ(k) from each of `NUM_ROWS` independent rows, over exp(q·k/√D): [rows, pairs]."""
+    w = projections.gaussian(jax.random.key(5), NUM_ROWS, 4)
+
+    def features(x):
+        x = 4**0.25 * x
+        if estimator == 'trigonometric':
+            features, log_scale = feature_maps.trigonometric(x, w)
+            return features * jnp.exp(log_scale)[:, None]
+        if estimator == 'positive':
+            return jnp.exp(feature_maps.softmax_log_features(x, w))
+        if estimator == 'hyperbolic':
+            return jnp.exp(feature_maps.hyperbolic_log_features(x, w))
+        return jnp.exp(feature_maps.optimal_log_features(x, w, OPTIMAL[estimator]))
+
+    products = np.float64(features(QUERY)) * np.float64(features(KEY))
+    # The features of a row stand R/2 apart; φ(q)·φ(k) is the mean of the rows' estimates.
+    return products.reshape(3, -1, NUM_ROWS).sum(axis=1).T * NUM_ROWS / KERNEL
+
+
+@pytest.mark.parametrize('estimator', VARIANCES)
+def test_estimators_are_unbiased(estimator):
+    """The mean over 200,000 independent rows within 5 standard errors of the kernel.
+
+    The standard error is that of the closed-form variance, at most 0.4 %; by the central limit
+    theorem a false alarm comes once in 10^6 per pair. Catches a term or a normalisation left out.
+    """
+    error = np.abs(row_estimates(estimator).mean(axis=0) - 1)
+    standard_error = np.sqrt(VARIANCES[estimator] / NUM_ROWS)
+    assert np.all(standard_error < 4e-3)
+    assert np.all(error < 5 * standard_error)
+
+
+@pytest.mark.parametrize('estimator', VARIANCES)
+def test_estimators_have_the_variance_of_the_closed_form(estimator):
+    """The mean squared error over the rows within 5 of its own standard errors, each under 3 %.
+
+    By the central limit theorem a false alarm comes once in 10^6 per pair. Catches an estimator
+    that is unbiased but another one, such as rows that the two halves do not share.
+    """
+    squared_errors = (row_estimates(estimator) - 1) ** 2
+    standard_error = squared_errors.std(axis=0) / NUM_ROWS**0.5
+    assert np.all(standard_error < 0.03 * VARIANCES[estimator])
+    assert np.all(np.abs(squared_errors.mean(axis=0) - VARIANCES[estimator]) < 5 * standard_error)
+
+
+@pytest.mark.parametrize('better', ['hyperbolic', 'best'])
+def test_estimators_with_less_variance_than_the_positive(better):
+    """At as many features, by more than 3.7 standard errors of the difference on the same rows.
+
+    Were they equal, that would pass once in 10,000 seeds per pair.
+    """
+    # The hyperbolic estimate of a row has two features; that of two positive ones has half the
+    # variance of one.
+    rows_per_estimate = 2 if better == 'hyperbolic' else 1
+    gain = (row_estimates('positive') - 1) ** 2 / rows_per_estimate
+    gain = gain - (row_estimates(better) - 1) ** 2
+    assert np.all(gain.mean(axis=0) > 3.7 * gain.std(axis=0) / NUM_ROWS**0.5)
+
+
+@pytest.mark.parametrize('dim', [4, 64])
+@pytest.mark.parametrize('sum_square', [1e-3, 0.6, 5, 100, 1e4, 1e7])
+def test_optimal_a_minimises_the_second_moment(dim, sum_square):
+    """Against SciPy's scalar minimisation of its logarithm, over log(1 - 8A)."""
+
+    def log_moment(log_inverse):
+        a = (1 - math.exp(log_inverse)) / 8
+        return (
+            dim * math.log(1 - 4 * a) - dim / 2 * log_inverse + sum_square * math.exp(-log_inverse)
+        )
+
+    best = scipy.optimize.minimize_scalar(
+        log_moment, bounds=(-2, 20), method='bounded', options={'xatol': 1e-10}
+    )
+    actual = feature_maps.optimal_a(jnp.float32(sum_square), dim)
+    assert actual.dtype == jnp.float32
+    # Flat as a minimum is, rounding hides its place to the root of float64's precision.
+    assert np.log1p(-8 * np.float64(actual)) == pytest.approx(best.x, rel=1e-5, abs=3e-6)
+    rho = (
+        2
+        * dim
+        / (2 * sum_square + dim + math.sqrt((2 * sum_square + dim) ** 2 + 8 * sum_square * dim))
+    )
+    assert actual == pytest.approx((1 - 1 / rho) / 8, rel=1e-5, abs=1e-7)
+
+
+def test_optimal_a_is_0_where_queries_and_keys_cancel():
+    np.testing.assert_array_equal(feature_maps.optimal_a(np.zeros((2, 1, 3, 1)), 64), 0)
+    assert np.isfinite(jax.grad(feature_maps.optimal_a)(0.0, 64))
+
+
+def mean_square_reference(query, key, mask):
+    """Pair by pair in float64."""
+    query, key = scaled(query), scaled(key)
+    sums = np.sum((query[..., :, None, :, :] + key[..., None, :, :, :]) ** 2, axis=-1)
+    mask = np.ones(key.shape[:-2], bool) if mask is None else mask
+    weights = np.broadcast_to(mask[..., None, :, None], sums.shape)
+    total = np.sum(np.where(weights, sums, 0), axis=(-3, -2)) / weights.sum(axis=(-3, -2))
+    return total[..., None, :, None]
+
+
+@pytest.mark.parametrize('dtype', [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize('masked', [False, True])
+def test_mean_square_sum_against_all_pairs(dtype, masked):
+    """Catches a mean over the wrong axis, masked keys that count, or 2 q̄·k̄ left out."""
+    rng = np.random.default_rng(1)
+    query = (rng.normal(size=(2, 5, 3, 4)) + 0.5).astype(dtype)
+    key = (2 * rng.normal(size=(2, 7, 3, 4)) - 1).astype(dtype)
+    mask = rng.random((2, 7)) < 0.6 if masked else None
+    actual = jax.jit(feature_maps.mean_square_sum)(query, key, mask)
+    assert actual.dtype == jnp.float32
+    np.testing.assert_allclose(actual, mean_square_reference(query, key, mask), rtol=1e-5)
+
+
+def test_mean_square_sum_does_not_see_masked_keys():
+    """NaN there reaches neither the value nor the gradients, nor does an empty mask make one."""
+    query, key = np.random.default_rng(1).normal(size=(2, 2, 5, 3, 4)).astype(np.float32)
+    mask = np.array([[True, True, False, True, False], [False] * 5])
+    hidden = np.where(mask[..., None, None], key, np.nan)
+
+    def total(query, key):
+        return jnp.sum(feature_maps.mean_square_sum(query, key, mask))
+
+    value, gradients = jax.jit(jax.value_and_grad(total, argnums=(0, 1)))(query, hidden)
+    assert value == pytest.approx(float(total(query, key)), rel=1e-6)
+    assert np.all(np.isfinite(gradients))
+    assert np.all(gradients[1][~mask] == 0)
+    assert np.all(gradients[1][mask] != 0)
+
+
+def test_mean_square_sum_is_never_negative():
+    """Opposed and long: catches a difference of large terms, whose root is then NaN in A."""
+    query = np.float32(1e3) * np.random.default_rng(1).normal(size=(50, 1, 1, 4)).astype(np.float32)
+    mean_square = jax.jit(feature_maps.mean_square_sum)(query, -query)
+    np.testing.assert_array_equal(mean_square, 0)
+    np.testing.assert_array_equal(feature_maps.optimal_a(mean_square, 4), 0)
+
+
+@pytest.mark.parametrize('positions', [np.arange(5), np.array([[0, 3, 1, 7, 7], [2, 2, 6, 0, 5]])])
+def test_cosine_reweight_multiplies_the_products(positions):
+    """φ'(q)·φ'(k) is φ(q)·φ(k) times the cosine; catches an axis, a sign or a period mixed up."""
+    features = np.random.default_rng(1).random(size=(2, 2, 5, 3, 6)).astype(np.float32)
+    query, key = (
+        jax.jit(feature_maps.cosine_reweight, static_argnums=2)(x, positions, 8) for x in features
+    )
+    assert query.shape == (2, 5, 3, 12)
+    positions = np.broadcast_to(positions, (2, 5))
+    angles = (positions[:, :, None] - positions[:, None, :]) * np.pi / 16
+    expected = np.einsum('bnhr,bmhr->bhnm', *np.float64(features)) * np.cos(angles)[:, None]
+    np.testing.assert_allclose(np.einsum('bnhr,bmhr->bhnm', query, key), expected, rtol=1e-5)
+    first = np.float64(features[0]) * np.cos(positions * np.pi / 16)[..., None, None]
+    np.testing.assert_allclose(query[..., :6], first, rtol=1e-5)
+
+
+@given(st.integers(1, 2**30), st.data())
+@settings(max_examples=60, deadline=None)
+def test_cosine_reweight_stays_non_negative(horizon, data):
+    """Up to the last position; catches a cosine rounded below 0 near π/2, or an overflow."""
+    distance = data.draw(st.sampled_from([1, 2, horizon]) | st.integers(1, horizon))
+    position = max(horizon - distance, 0)
+    weights = np.asarray(
+        feature_maps.cosine_reweight(jnp.ones((1, 1, 1)), jnp.array([position]), horizon)
+    )[0, 0]
+    assert np.all(weights >= 0)
+    angle = np.pi / 2 * position / horizon
+    np.testing.assert_allclose(weights, [np.cos(angle), np.sin(angle)], rtol=1e-5, atol=1e-15)
+
+
+def test_cosine_reweight_takes_small_integers_and_bfloat16():
+    """Catches horizon - p computed in 8 bits."""
+    positions = np.arange(5, dtype=np.uint8)
+    features = jnp.ones((5, 1, 1), jnp.bfloat16)
+    actual = feature_maps.cosine_reweight(features, positions, 1000)
+    assert actual.dtype == jnp.float32
+    np.testing.assert_allclose(actual[:, 0, 0], np.cos(np.arange(5) * np.pi / 2000), rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ('positions', 'horizon', 'name'),
+    [
+        (np.arange(5), 0, 'horizon'),
+        (np.arange(5), 8.0, 'horizon'),
+        (np.arange(5.0), 8, 'positions'),
+        (np.arange(4), 8, 'positions'),
+        (np.zeros(1, int), 8, 'positions'),
+        (np.zeros((3, 5), int), 8, 'positions'),
+        (np.zeros((2, 5, 3), int), 8, 'positions'),
+    ],
+)
+def test_cosine_reweight_refuses(positions, horizon, name):
+    with pytest.raises(BadInput, match=f'^{name} '):
+        feature_maps.cosine_reweight(jnp.ones((2, 5, 3, 6)), positions, horizon)
