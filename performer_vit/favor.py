@@ -8,6 +8,7 @@ N queries, M keys, H heads, D head dimension, R features; leading axes are batch
 
 import contextlib
 import functools
+import warnings
 import zlib
 from collections.abc import Callable
 from typing import Any
@@ -21,17 +22,36 @@ from flax.linen.dtypes import promote_dtype
 from performer_vit import exact_attention, feature_maps, linear_attention, projections
 from performer_vit.errors import BadInput, choose
 
-KERNELS = ('exact', 'softmax', 'relu', 'gelu', 'elu', 'ftheta', 'ftheta_mixture')
-
-_PROJECTED_MAPS = {
+_ELEMENTWISE = {
     'relu': feature_maps.relu,
+    'relu_squared': feature_maps.relu_squared,
     'gelu': feature_maps.gelu,
     'elu': feature_maps.elu,
+    'sigmoid': feature_maps.sigmoid,
+    'softplus': feature_maps.softplus,
+    'exp': feature_maps.exp,
+    'identity': feature_maps.identity,
 }
-_LEARNT_MAPS = {
+_LEARNT = {
     'ftheta': feature_maps.ftheta,
     'ftheta_mixture': feature_maps.ftheta_mixture,
 }
+_SOFTMAX_ESTIMATORS = (
+    'softmax',
+    'softmax_hyperbolic',
+    'softmax_optimal',
+    'softmax_trigonometric',
+)
+KERNELS = ('exact', *_SOFTMAX_ESTIMATORS, *_ELEMENTWISE, *_LEARNT)
+
+# A row of W makes two features of these: e^{±w·x}, or the cosine and the sine.
+_PAIRED = ('softmax_hyperbolic', 'softmax_trigonometric')
+_SIGNED = ('softmax_trigonometric', 'identity')
+
+Kernel = str | Callable[[jax.Array], jax.Array]
+
+# More heads than tokens, and more than this: someone has swapped the axes.
+MANY_HEADS = 64
 
 
 def favor_attention(
@@ -39,88 +59,125 @@ def favor_attention(
     key: jax.Array,
     value: jax.Array,
     *,
-    kernel: str,
+    kernel: Kernel,
     projection: jax.Array | None = None,
     mask: jax.Array | None = None,
     theta: feature_maps.Theta | None = None,
+    is_causal: bool = False,
+    segment_ids: jax.Array | None = None,
+    temperature: float | None = None,
+    axis_name: Any = None,
+    block_size: int | None = None,
 ) -> jax.Array:
     """Attention by the named kernel: φ(q) (φ(k)ᵀ v) / φ(q) (φ(k)ᵀ 1), or the softmax's for 'exact'.
 
+    The kernels 'softmax', 'softmax_hyperbolic', 'softmax_optimal' (FAVOR++) and
+    'softmax_trigonometric' estimate softmax attention without bias in its kernel; their error falls
+    as 1/√R and grows with the norms of q and k, as the docstrings of `feature_maps` give in closed
+    form. The other kernels define attentions of their own: W only samples their features.
+
     A mask whose query and head axes are 1 (or left out) hides keys from everyone, as padding needs:
     it keeps the linear time and memory, and what the hidden positions hold, NaN included, has no
-    effect. A mask with a query or head axis of its own, as a causal one, has no such form: it is
-    applied exactly to the N×M matrix, at O(N·M) memory, which such a mask costs by itself.
+    effect. So do `is_causal` and `segment_ids`. A mask with a query or head axis of its own has no
+    such form: it is applied exactly to the N×M matrix, at O(N·M) memory, which such a mask costs by
+    itself.
 
-    Kernel 'softmax' is stabilised by c_r = max over unmasked keys of log φ(k)_r, moved from the
-    keys to the queries: φ(k)_r e^{-c_r} and φ(q)_r e^{c_r - t}, t = max_r(log φ(q)_r + c_r). The
-    factors cancel exactly in the quotient. Every feature is then 1 at some key and every query 1 at
-    some feature, so the denominator is at least 1 for inputs of any size, and no ε is needed.
-    Under a mask that needs the N×M matrix each key and each query is divided by the largest of its
-    own features instead, see `linear_attention.attention_matrix` for what that bounds.
+    Features of softmax estimators leave float32's range; `linear_attention` says how they are
+    stabilised without changing the quotient. Features, sums and normaliser are in float32 whatever
+    the inputs are: with bfloat16 inputs the products W·x' have bfloat16 factors, and the output
+    differs from that of float32 by their rounding, 2⁻⁸ of |w||x'|.
 
     Args:
-      query: [..., N, H, D] floating, with at least one batch axis.
-      key: [..., M, H, D], with M ≥ 1.
-      value: [..., M, H, D'].
-      kernel: one of `KERNELS`.
-      projection: W [R, D] shared by the heads; needed by 'softmax', optional (None: W = I) for
-        'relu', 'gelu' and 'elu', refused by the others.
-      mask: bool, broadcastable to [..., H, N, M] by NumPy's rules (axes aligned from the right),
+      query: [batch…, N, H, D] floating, with at least one batch axis.
+      key: [batch…, M, G, D], with M ≥ 1; G divides H, and query head h attends to key head
+        h // (H / G).
+      value: [batch…, M, G, D'].
+      kernel: one of `KERNELS`, or a function f of arrays, applied to each element of u = Wx' for
+        the features (f(u) + 1e-3) / √R: it must not be negative. 'identity' and
+        'softmax_trigonometric' have features of both signs, whose normaliser may cancel.
+      projection: W [R, D] shared by the heads ([R/2, D] for 'softmax_hyperbolic' and
+        'softmax_trigonometric'); needed by the softmax estimators, optional (None: W = I) for the
+        kernels that apply a function to each element, refused by 'exact' and fθ.
+      mask: bool, broadcastable to [batch…, H, N, M] by NumPy's rules (axes aligned from the right),
         True where a query may attend to a key; None for all.
       theta: weights of `feature_maps.init_theta` for 'ftheta' and 'ftheta_mixture' alone.
+      is_causal: whether query n attends to the keys m ≤ n + (M - N) alone; M ≥ N.
+      segment_ids: [batch…, N] integers of packed sequences, N = M: tokens attend within their run
+        of equal ids.
+      temperature: τ > 0 where the kernel is one of q·k/τ; None for √D.
+      axis_name: of a `pmap` or `shard_map` axis along which the tokens are split, see
+        `linear_attention`; not for 'exact'.
+      block_size: tokens of a block; None for the backend's default.
 
     Returns:
-      [..., N, H, D'] in `value`'s dtype; features, sums and normaliser are in float32. Rows
-      that may attend to no key are zeros.
+      [batch…, N, H, D'] in `value`'s dtype. Rows that may attend to no key are zeros.
 
     Raises:
       BadInput: unknown kernel; an argument of the wrong shape or dtype, or missing, or not for this
-        kernel.
+        kernel, or not together with another.
     """
     _check_weights(kernel, projection, theta, query.shape[-1])
     mask = _check_inputs(query, key, value, mask)
     key_mask = _key_mask(mask, key.shape[-3])
-    if key_mask is not None:
-        # Before the feature map, or a NaN in the padding would reach θ's gradient as 0 · NaN.
-        key, value = (jnp.where(key_mask[..., None, None], x, 0) for x in (key, value))
+    if kernel == 'exact' or (mask is not None and key_mask is None):
+        _refuse_axis(axis_name, kernel)
     if kernel == 'exact':
-        return exact_attention.exact_attention(query, key, value, mask)
+        if key_mask is not None:
+            # A NaN in the padding would come through the product with a weight of 0.
+            key, value = (jnp.where(key_mask[..., None, None], x, 0) for x in (key, value))
+        return exact_attention.exact_attention(
+            query,
+            key,
+            value,
+            mask,
+            block_size,
+            is_causal=is_causal,
+            segment_ids=segment_ids,
+            temperature=temperature,
+        )
+    query, key, options = _prepare(
+        query, key, key_mask, kernel, projection, theta, is_causal, temperature, axis_name
+    )
     if mask is not None and key_mask is None:
-        query_features, key_features, key_log_scale = _pairwise_features(
-            query, key, kernel, projection, theta
-        )
-        return linear_attention.quadratic_attention(
-            query_features, key_features, value, mask, key_log_scale
-        )
-    if kernel == 'softmax':
-        query_features, key_features = _stabilised_softmax_features(
-            query, key, projection, key_mask
-        )
-    else:
-        query_features, key_features = (
-            _features(x, kernel, projection, theta) for x in (query, key)
-        )
-    return linear_attention.linear_attention(query_features, key_features, value, key_mask)
+        mask = _with_patterns(mask, query, key, is_causal, segment_ids)
+        return linear_attention.quadratic_attention(query, key, value, mask=mask, **options)
+    attend = linear_attention.linear_attention
+    if is_causal:
+        attend = linear_attention.causal_linear_attention
+    return attend(
+        query,
+        key,
+        value,
+        key_mask=key_mask,
+        segment_ids=segment_ids,
+        axis_name=axis_name,
+        block_size=block_size,
+        **options,
+    )
 
 
 def attention_matrix(
     query: jax.Array,
     key: jax.Array,
     *,
-    kernel: str,
+    kernel: Kernel,
     projection: jax.Array | None = None,
     mask: jax.Array | None = None,
     theta: feature_maps.Theta | None = None,
+    is_causal: bool = False,
+    segment_ids: jax.Array | None = None,
+    temperature: float | None = None,
 ) -> jax.Array:
     """The normalised matrix that `favor_attention` implies, formed at O(N·M) memory per head.
 
     For looking at attention, and for tests; attention itself does not need it.
 
     Args:
-      query, key, kernel, projection, mask, theta: see `favor_attention`.
+      query, key, kernel, projection, mask, theta, is_causal, segment_ids, temperature: see
+        `favor_attention`.
 
     Returns:
-      [..., H, N, M] float32: rows sum to 1, or to 0 where `mask` lets no key through.
+      [batch…, H, N, M] float32: rows sum to 1, or to 0 where no key may be attended to.
 
     Raises:
       BadInput: see `favor_attention`.
@@ -130,12 +187,84 @@ def attention_matrix(
     key_mask = _key_mask(mask, key.shape[-3])
     if key_mask is not None:
         key = jnp.where(key_mask[..., None, None], key, 0)
+    mask = _with_patterns(mask, query, key, is_causal, segment_ids)
     if kernel == 'exact':
-        return exact_attention.attention_matrix(query, key, mask)
-    query_features, key_features, key_log_scale = _pairwise_features(
-        query, key, kernel, projection, theta
+        return exact_attention.attention_matrix(query, key, mask, temperature=temperature)
+    query, key, options = _prepare(
+        query, key, key_mask, kernel, projection, theta, is_causal, temperature, None
     )
-    return linear_attention.attention_matrix(query_features, key_features, mask, key_log_scale)
+    return linear_attention.attention_matrix(query, key, mask=mask, **options)
+
+
+def init_state(
+    key: Any,
+    value: Any,
+    *,
+    kernel: Kernel,
+    projection: jax.Array | None = None,
+    theta: feature_maps.Theta | None = None,
+    temperature: float | None = None,
+) -> linear_attention.State:
+    """The state of a generation before its first token, for `extend`.
+
+    Args:
+      key, value: arrays or `jax.ShapeDtypeStruct`s of the shapes [batch…, M, G, D] and
+        [batch…, M, G, D'] that will come, M being anything.
+      kernel, projection, theta, temperature: see `favor_attention`; not 'exact', whose state would
+        be all keys, and not 'softmax_optimal', whose A depends on all of them.
+
+    Returns:
+      Zeros: R×(D'+1) numbers a key head, and the stabiliser of a softmax estimator.
+
+    Raises:
+      BadInput: a kernel that has no state, or see `favor_attention`.
+    """
+    options = _decoding_options(kernel, projection, theta, key.shape[-1], temperature)
+    return linear_attention.init_state(key, value, options['feature_map'])
+
+
+def extend(
+    state: linear_attention.State,
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    *,
+    kernel: Kernel,
+    projection: jax.Array | None = None,
+    mask: jax.Array | None = None,
+    theta: feature_maps.Theta | None = None,
+    temperature: float | None = None,
+    block_size: int | None = None,
+) -> tuple[jax.Array, linear_attention.State]:
+    """Causal attention of the next tokens, one or many, given the state of those before.
+
+    Time and memory do not grow with the number of tokens before.
+
+    Args:
+      state: from `init_state`, or from this function.
+      query, key, value: [batch…, N, H, D], [batch…, N, G, D], [batch…, N, G, D'].
+      mask: [batch…, 1, 1, N] bool, False for tokens to leave out; None for none.
+      kernel, projection, theta, temperature, block_size: those of `init_state`, see
+        `favor_attention`.
+
+    Returns:
+      [batch…, N, H, D'], what causal attention over the whole sequence has at these positions, and
+      the state after them.
+
+    Raises:
+      BadInput: see `init_state` and `favor_attention`.
+    """
+    options = _decoding_options(kernel, projection, theta, key.shape[-1], temperature)
+    mask = _check_inputs(query, key, value, mask)
+    key_mask = _key_mask(mask, key.shape[-3])
+    if mask is not None and key_mask is None:
+        raise BadInput(
+            f'mask has shape {mask.shape}; a state takes a mask of keys alone, [batch…, 1, 1, N]. '
+            'Use favor_attention for other patterns.'
+        )
+    return linear_attention.extend(
+        state, query, key, value, key_mask=key_mask, block_size=block_size, **options
+    )
 
 
 class FavorAttention(nn.Module):
@@ -150,33 +279,42 @@ class FavorAttention(nn.Module):
     there as `attention_map`; otherwise it is never formed.
 
     Attributes:
-      kernel: one of `KERNELS`.
+      kernel: see `favor_attention`.
       num_features: R. 0 means the head dimension, for projection 'none' and for fθ; otherwise an
-        integer ≥ 1. Kernel 'exact' has no features and ignores it, as it does `projection`.
+        integer ≥ 1, even for 'softmax_hyperbolic' and 'softmax_trigonometric', whose W has half as
+        many rows. Kernel 'exact' has no features and ignores it, as it does `projection`.
       projection: one of `projections.PROJECTIONS`; fθ has none and ignores it.
-      row_norms: one of `projections.ROW_NORMS`, for 'orthogonal'.
+      row_norms: one of `projections.ROW_NORMS`; 'gaussian' rows have their own.
+      is_causal, temperature: see `favor_attention`.
       hidden: width of fθ's hidden layer.
       seed: the seed of the projections; fθ's weights come from the `params` stream, as usual.
       dtype: the dtype of the computation; None for the inputs' common one. Features, sums and
         normaliser are in float32, and fθ's params float32, whatever it is.
     """
 
-    kernel: str
+    kernel: Kernel
     num_features: int = 0
     projection: str = 'orthogonal'
     row_norms: str = 'gaussian'
+    is_causal: bool = False
+    temperature: float | None = None
     hidden: int = 128
     seed: int = 0
     dtype: Any = None
 
     @nn.compact
     def __call__(
-        self, query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array | None = None
+        self,
+        query: jax.Array,
+        key: jax.Array,
+        value: jax.Array,
+        mask: jax.Array | None = None,
+        segment_ids: jax.Array | None = None,
     ) -> jax.Array:
         """Attends.
 
         Args:
-          query, key, value, mask: see `favor_attention`.
+          query, key, value, mask, segment_ids: see `favor_attention`.
 
         Returns:
           [..., N, H, D'] in the computation's dtype.
@@ -189,8 +327,14 @@ class FavorAttention(nn.Module):
             self.kernel, self.num_features, self.projection, self.row_norms, head_dim
         )
         query, key, value = promote_dtype(query, key, value, dtype=self.dtype)
-        weights = {'kernel': self.kernel, 'mask': mask}
-        if self.kernel in _LEARNT_MAPS:
+        weights = {
+            'kernel': self.kernel,
+            'mask': mask,
+            'is_causal': self.is_causal,
+            'segment_ids': segment_ids,
+            'temperature': self.temperature,
+        }
+        if self.kernel in _LEARNT:
             if self.hidden < 1:
                 raise BadInput(f'hidden is {self.hidden}; set it to 1 or more.')
             weights['theta'] = self.param(
@@ -208,7 +352,7 @@ class FavorAttention(nn.Module):
                 self.seed,
                 _layer_number(self.path),
                 0,
-                num_features,
+                _num_rows(self.kernel, num_features),
                 head_dim,
                 self.projection,
                 self.row_norms,
@@ -243,7 +387,8 @@ def redraw_projections(
     Raises:
       BadInput: projection 'none' or an unknown one, or a matrix that has not two axes.
     """
-    choose('projection', projection, ('orthogonal', 'gaussian'))
+    random = [name for name in projections.PROJECTIONS if name != 'none']
+    choose('projection', projection, random)
 
     def redraw(path: tuple[Any, ...], matrix: jax.Array) -> jax.Array:
         names = [entry.key for entry in path]
@@ -259,12 +404,13 @@ def redraw_projections(
 
 
 def make_attention_fn(
-    kernel: str = 'softmax',
+    kernel: Kernel = 'softmax',
     num_features: int = 256,
     projection: str = 'orthogonal',
     seed: int = 0,
     layer: int = 0,
     row_norms: str = 'gaussian',
+    temperature: float | None = None,
 ) -> Callable[..., jax.Array]:
     """Makes an `attention_fn` for `nn.MultiHeadDotProductAttention` and `nnx.MultiHeadAttention`.
 
@@ -281,11 +427,12 @@ def make_attention_fn(
     imply.
 
     Args:
-      kernel: one of `KERNELS` except fθ's, which have parameters to train.
-      num_features: R; with projection 'none' 0 or the head dimension. Ignored for 'exact'.
+      kernel: see `favor_attention`; not fθ's, which have parameters to train.
+      num_features: R, see `FavorAttention`; with projection 'none' 0 or the head dimension.
       projection: one of `projections.PROJECTIONS`.
       seed, layer: see `projections.draw`.
       row_norms: one of `projections.ROW_NORMS`.
+      temperature: see `favor_attention`.
 
     Returns:
       The function of (query [..., N, H, D], key [..., M, H, D], value [..., M, H, D'], bias, mask,
@@ -296,7 +443,7 @@ def make_attention_fn(
         an option that cannot be honoured.
     """
     _check_names(kernel, projection, row_norms)
-    if kernel in _LEARNT_MAPS:
+    if kernel in _LEARNT:
         raise BadInput(
             f'kernel {kernel!r} has parameters to train, which an attention_fn cannot hold. Use '
             'the module FavorAttention, or another kernel.'
@@ -310,7 +457,15 @@ def make_attention_fn(
         # Drawn once and for all, even when first called under a trace.
         with jax.ensure_compile_time_eval():
             return np.asarray(
-                projections.draw(seed, layer, 0, resolved, head_dim, projection, row_norms)
+                projections.draw(
+                    seed,
+                    layer,
+                    0,
+                    _num_rows(kernel, resolved),
+                    head_dim,
+                    projection,
+                    row_norms,
+                )
             )
 
     def attention_fn(
@@ -355,10 +510,18 @@ def make_attention_fn(
         query, key, value = promote_dtype(query, key, value, dtype=dtype)
         if mask is not None:
             mask = jnp.asarray(mask) != 0
-        if is_causal:
+        weights = {
+            'kernel': kernel,
+            'projection': matrix(query.shape[-1]),
+            'mask': mask,
+            'temperature': temperature,
+        }
+        if is_causal and query.shape[-3] == key.shape[-3]:
+            weights['is_causal'] = True
+        elif is_causal:
+            # Flax aligns the first query with the first key, not the last with the last.
             causal = jnp.tri(query.shape[-3], key.shape[-3], dtype=bool)
-            mask = causal if mask is None else causal & mask
-        weights = {'kernel': kernel, 'projection': matrix(query.shape[-1]), 'mask': mask}
+            weights['mask'] = causal if mask is None else causal & mask
         # None leaves the caller's precision alone, where the context manager would reset it.
         name = _precision_name(precision)
         with jax.default_matmul_precision(name) if name else contextlib.nullcontext():
@@ -369,57 +532,119 @@ def make_attention_fn(
     return attention_fn
 
 
-def _features(
-    x: jax.Array,
-    kernel: str,
-    projection: jax.Array | None,
-    theta: feature_maps.Theta | None,
-) -> jax.Array:
-    if kernel in _LEARNT_MAPS:
-        return _LEARNT_MAPS[kernel](x, theta)
-    return _PROJECTED_MAPS[kernel](x, projection)
-
-
-def _stabilised_softmax_features(
-    query: jax.Array, key: jax.Array, projection: jax.Array, key_mask: jax.Array | None
-) -> tuple[jax.Array, jax.Array]:
-    """φ(q) [..., N, H, R] and φ(k) [..., M, H, R], stabilised as `favor_attention` says."""
-    query_log = feature_maps.softmax_log_features(query, projection)
-    key_log = feature_maps.softmax_log_features(key, projection)
-    if key_mask is not None:
-        # A masked key may exceed the maximum of the others, so it goes before exp, not after.
-        key_log = jnp.where(key_mask[..., None, None], key_log, -jnp.inf)
-    # Constants to the gradient, because the quotient does not depend on them.
-    key_max = jax.lax.stop_gradient(jnp.max(key_log, axis=-3, keepdims=True))
-    key_max = jnp.where(jnp.isneginf(key_max), 0, key_max)
-    query_log = query_log + key_max
-    query_max = jax.lax.stop_gradient(jnp.max(query_log, axis=-1, keepdims=True))
-    return jnp.exp(query_log - query_max), jnp.exp(key_log - key_max)
-
-
-def _pairwise_features(
+def _prepare(
     query: jax.Array,
     key: jax.Array,
-    kernel: str,
+    key_mask: jax.Array | None,
+    kernel: Kernel,
     projection: jax.Array | None,
     theta: feature_maps.Theta | None,
-) -> tuple[jax.Array, jax.Array, jax.Array | None]:
-    """φ(q), φ(k) and the keys' logarithmic scale [..., M, H], for the N×M form under any mask.
-
-    The keys that set the maximum of `_stabilised_softmax_features` may be hidden from some query,
-    whose sums would then underflow. So each key has a scale of its own here.
-    """
-    if kernel != 'softmax':
-        query_features, key_features = (
-            _features(x, kernel, projection, theta) for x in (query, key)
+    is_causal: bool,
+    temperature: float | None,
+    axis_name: Any,
+) -> tuple[jax.Array, jax.Array, dict[str, Any]]:
+    """What `linear_attention`'s functions take in place of queries, keys and the kernel's name."""
+    options = {
+        'feature_map': _feature_map(kernel, projection, theta, temperature),
+        'signed': kernel in _SIGNED,
+    }
+    if kernel != 'softmax_optimal':
+        return query, key, options
+    if is_causal:
+        raise BadInput(
+            "kernel is 'softmax_optimal' and is_causal is True; its A is computed from all keys, "
+            "so that outputs would depend on later ones. Choose 'softmax' or 'softmax_hyperbolic'."
         )
-        return query_features, key_features, None
-    query_log = feature_maps.softmax_log_features(query, projection)
-    key_log = feature_maps.softmax_log_features(key, projection)
-    query_max, key_max = (
-        jax.lax.stop_gradient(jnp.max(x, axis=-1, keepdims=True)) for x in (query_log, key_log)
+    groups, copies = key.shape[-2], query.shape[-2] // key.shape[-2]
+    # The query heads of a group share the key head's features, and so its A.
+    grouped = query.reshape(*query.shape[:-2], groups, copies, query.shape[-1])
+    grouped = jnp.moveaxis(grouped, -2, -4).reshape(*query.shape[:-3], -1, groups, query.shape[-1])
+    mean = feature_maps.mean_square_sum(grouped, key, key_mask, temperature=temperature)
+    if axis_name is not None:
+        mean = jax.lax.pmean(mean, axis_name)
+    # The expectation of the estimate does not depend on A: it is a setting, not a part of the
+    # function.
+    a = jax.lax.stop_gradient(feature_maps.optimal_a(mean, query.shape[-1]))
+    # It travels as one more coordinate, because maps see one block of tokens at a time.
+    query, key = (
+        jnp.concatenate([x, jnp.broadcast_to(a, (*x.shape[:-1], 1)).astype(x.dtype)], axis=-1)
+        for x, a in ((query, jnp.repeat(a, copies, axis=-2)), (key, a))
     )
-    return jnp.exp(query_log - query_max), jnp.exp(key_log - key_max), key_max[..., 0]
+    return query, key, options
+
+
+def _feature_map(
+    kernel: Kernel,
+    projection: jax.Array | None,
+    theta: feature_maps.Theta | None,
+    temperature: float | None,
+) -> linear_attention.FeatureMap:
+    def softmax(x: jax.Array) -> linear_attention.LogFeatures:
+        if kernel == 'softmax':
+            logs = feature_maps.softmax_log_features(x, projection, temperature=temperature)
+        elif kernel == 'softmax_hyperbolic':
+            logs = feature_maps.hyperbolic_log_features(x, projection, temperature=temperature)
+        elif kernel == 'softmax_optimal':
+            x, a = x[..., :-1], x[..., -1:].astype(jnp.float32)
+            logs = feature_maps.optimal_log_features(x, projection, a, temperature=temperature)
+        else:
+            factor, logs = feature_maps.trigonometric(x, projection, temperature=temperature)
+            return linear_attention.LogFeatures(logs[..., None], factor)
+        return linear_attention.LogFeatures(logs)
+
+    if callable(kernel):
+        return lambda x: feature_maps.elementwise(x, projection, kernel, temperature=temperature)
+    if kernel in _LEARNT:
+        return lambda x: _LEARNT[kernel](x, theta, temperature=temperature)
+    if kernel in _ELEMENTWISE:
+        return lambda x: _ELEMENTWISE[kernel](x, projection, temperature=temperature)
+    return softmax
+
+
+def _with_patterns(
+    mask: jax.Array | None,
+    query: jax.Array,
+    key: jax.Array,
+    is_causal: bool,
+    segment_ids: jax.Array | None,
+) -> jax.Array | None:
+    """The mask with the causal and the segments' pattern in it, [..., H or 1, N, M]."""
+    num_queries, num_keys = query.shape[-3], key.shape[-3]
+    patterns = [] if mask is None else [mask]
+    if is_causal:
+        patterns.append(jnp.tri(num_queries, num_keys, num_keys - num_queries, dtype=bool))
+    if segment_ids is not None:
+        linear_attention.check_segments(segment_ids, query, key, None)
+        runs = linear_attention.runs(segment_ids)
+        patterns.append((runs[..., :, None] == runs[..., None, :])[..., None, :, :])
+    return functools.reduce(jnp.logical_and, patterns) if patterns else None
+
+
+def _decoding_options(
+    kernel: Kernel,
+    projection: jax.Array | None,
+    theta: feature_maps.Theta | None,
+    head_dim: int,
+    temperature: float | None,
+) -> dict[str, Any]:
+    _check_weights(kernel, projection, theta, head_dim)
+    if kernel in ('exact', 'softmax_optimal'):
+        raise BadInput(
+            f'kernel is {kernel!r}, which needs all keys at once and has no state of fixed size. '
+            f'Choose one of the others of {", ".join(KERNELS)}.'
+        )
+    return {
+        'feature_map': _feature_map(kernel, projection, theta, temperature),
+        'signed': kernel in _SIGNED,
+    }
+
+
+def _refuse_axis(axis_name: Any, kernel: Kernel) -> None:
+    if axis_name is not None:
+        raise BadInput(
+            f"axis_name is {axis_name!r} with kernel {kernel!r}; neither 'exact' nor a mask with a "
+            'query or head axis can be split over devices. Leave axis_name as None.'
+        )
 
 
 def _layer_number(path: tuple[str, ...] | list[str]) -> int:
@@ -447,63 +672,75 @@ def _precision_name(precision: Any) -> str | None:
     )
 
 
-def _check_names(kernel: str, projection: str, row_norms: str) -> None:
-    choose('kernel', kernel, KERNELS)
+def _check_names(kernel: Kernel, projection: str, row_norms: str) -> None:
+    if not callable(kernel):
+        choose('kernel', kernel, KERNELS)
     choose('projection', projection, projections.PROJECTIONS)
     choose('row_norms', row_norms, projections.ROW_NORMS)
-    if kernel == 'softmax' and projection == 'none':
+    if kernel in _SOFTMAX_ESTIMATORS and projection == 'none':
         raise BadInput(
-            "kernel 'softmax' with projection 'none' estimates nothing: its features need random "
-            "rows. Set projection to 'orthogonal' or 'gaussian', or choose another kernel."
+            f"kernel {kernel!r} with projection 'none' estimates nothing: its features need random "
+            "rows. Set projection to 'orthogonal', for example, or choose another kernel."
         )
 
 
 def _check_fields(
-    kernel: str, num_features: int, projection: str, row_norms: str, head_dim: int
+    kernel: Kernel, num_features: int, projection: str, row_norms: str, head_dim: int
 ) -> int:
     """Checks a model's fields and returns R."""
     _check_names(kernel, projection, row_norms)
-    if num_features == 0 and (projection == 'none' or kernel in (*_LEARNT_MAPS, 'exact')):
+    if num_features == 0 and (projection == 'none' or kernel in (*_LEARNT, 'exact')):
         return head_dim
     if num_features < 1:
         raise BadInput(
             f'num_features is {num_features} with projection {projection!r} and kernel {kernel!r}; '
             'allowed is an integer ≥ 1. Set num_features, to 256 for example.'
         )
-    if projection == 'none' and kernel in _PROJECTED_MAPS and num_features != head_dim:
+    if kernel in _PAIRED and num_features % 2:
+        raise BadInput(
+            f'num_features is {num_features}; kernel {kernel!r} has features in pairs. Set '
+            f'num_features to an even number, to {num_features + 1} for example.'
+        )
+    elementwise = callable(kernel) or kernel in _ELEMENTWISE
+    if projection == 'none' and elementwise and num_features != head_dim:
         raise BadInput(
             f"num_features is {num_features} with projection 'none', which makes as many features "
             f'as the head dimension, {head_dim}. Set num_features to 0 or {head_dim}, or '
-            "projection to 'orthogonal' or 'gaussian'."
+            "projection to 'orthogonal', for example."
         )
     return num_features
 
 
+def _num_rows(kernel: Kernel, num_features: int) -> int:
+    return num_features // 2 if kernel in _PAIRED else num_features
+
+
 def _check_weights(
-    kernel: str,
+    kernel: Kernel,
     projection: jax.Array | None,
     theta: feature_maps.Theta | None,
     head_dim: int,
 ) -> None:
-    choose('kernel', kernel, KERNELS)
-    if (theta is not None) != (kernel in _LEARNT_MAPS):
+    if not callable(kernel):
+        choose('kernel', kernel, KERNELS)
+    if (theta is not None) != (kernel in _LEARNT):
         raise BadInput(
             f'theta is {"missing" if theta is None else "given"} for kernel {kernel!r}; it belongs '
             'to ftheta and ftheta_mixture alone. Make it with feature_maps.init_theta.'
         )
     if projection is None:
-        if kernel == 'softmax':
+        if kernel in _SOFTMAX_ESTIMATORS:
             raise BadInput(
-                "projection is None; kernel 'softmax' needs a matrix [R, D]. Draw one with "
+                f'projection is None; kernel {kernel!r} needs a matrix [R, D]. Draw one with '
                 'projections.draw.'
             )
         return
-    if kernel != 'softmax' and kernel not in _PROJECTED_MAPS:
+    if kernel == 'exact' or kernel in _LEARNT:
         raise BadInput(f'projection is given, but kernel {kernel!r} has none. Leave it as None.')
-    if projection.ndim != 2 or projection.shape[1] != head_dim:
+    if projection.ndim != 2 or projection.shape[1] != head_dim or projection.shape[0] < 1:
         raise BadInput(
-            f'projection has shape {projection.shape}; allowed is [R, D] with the head dimension '
-            f'D = {head_dim}. Draw it for that dimension.'
+            f'projection has shape {projection.shape}; allowed is [R, D] with R ≥ 1 and the head '
+            f'dimension D = {head_dim}. Draw it for that dimension.'
         )
 
 
@@ -516,19 +753,33 @@ def _check_inputs(
         if x.ndim < 4:
             raise BadInput(
                 f'{name} has shape {x.shape}; allowed is {layout}, with at least one batch axis. '
-                'Add the axis that is missing.'
+                'Add the axis that is missing: x[:, :, None] makes (batch, tokens, dim) one head, '
+                'x[None] makes (tokens, heads, dim) a batch of one.'
             )
         if not jnp.issubdtype(x.dtype, jnp.floating):
             raise BadInput(f'{name} has dtype {x.dtype}; allowed is a floating one. Convert it.')
-        if x.shape[:-3] != query.shape[:-3] or x.shape[-2] != query.shape[-2]:
+        if x.shape[:-3] != query.shape[:-3] or x.shape[-2] < 1 or query.shape[-2] % x.shape[-2]:
             raise BadInput(
                 f'{name} has shape {x.shape}, query {query.shape}; both are {layout} and must '
-                'agree in their batch axes and heads. Reshape or repeat one of them.'
+                'agree in their batch axes; the heads of key and value must divide those of '
+                'query. Reshape one of them.'
             )
     if key.shape[-1] != query.shape[-1]:
         raise BadInput(
             f'key has head dimension {key.shape[-1]}, query {query.shape[-1]}; both are {layout} '
             'and must agree there. Project both to one dimension.'
+        )
+    if value.shape[-2] != key.shape[-2]:
+        raise BadInput(
+            f'value has {value.shape[-2]} heads, key {key.shape[-2]}; both are {layout} and must '
+            'have the same number of heads. Reshape one of them.'
+        )
+    if query.shape[-2] > max(query.shape[-3], MANY_HEADS):
+        warnings.warn(
+            f'query has shape {query.shape}, which is read as {layout}: {query.shape[-3]} tokens '
+            f'in {query.shape[-2]} heads. If tokens and heads are swapped, attention runs over the '
+            'heads; swap the axes.',
+            stacklevel=3,
         )
     if value.shape[-3] != key.shape[-3] or key.shape[-3] < 1:
         raise BadInput(
