@@ -1,34 +1,41 @@
-"""Every claim of speed as a command.
+"""Every claim of speed, memory and error as a command.
 
     python -m performer_vit.benchmark train_step --config=configs/performer_relu.py
     python -m performer_vit.benchmark inference --config=configs/performer_relu.py --json=FILE
+    python -m performer_vit.benchmark attention --lengths=256,1024,4096 --peers --json=FILE
+    python -m performer_vit.benchmark approximation --json=FILE
 
 Contenders of one run alternate round by round, because a machine's speed drifts; figures are
 medians over the rounds with the lowest and the highest beside them.
 """
 
+import contextlib
+import dataclasses
 import functools
 import itertools
 import pathlib
-import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import jax
-import jax.numpy as jnp
 from absl import app, flags, logging
 from flax import jax_utils
 from ml_collections import config_flags
 
 from performer_vit import (
+    approximation,
+    attention_speed,
     datasets,
     environment,
     exact_attention,
+    figures,
     input_pipeline,
+    linear_attention,
     predict,
     progress,
+    timing,
     train,
     vit,
     workdir,
@@ -36,57 +43,49 @@ from performer_vit import (
 from performer_vit.command_line import fail, parse
 from performer_vit.errors import BadInput
 
-PEAK_SIZE = 4096  # Side of the square float32 product that stands for the machine's peak.
-
 _CONFIG = config_flags.DEFINE_config_file('config', None, 'A file of configs/.')
 _JSON = flags.DEFINE_string('json', None, 'Also write the figures to this file.')
 _ROUNDS = flags.DEFINE_integer('rounds', 5, 'How often each contender has its turn.', 1)
-
-
-def alternate(contenders: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, list]:
-    """Lets every contender run once a round, in turn, and collects what each returns."""
-    measured = {name: [] for name in contenders}
-    for _ in range(rounds):
-        for name, contender in contenders.items():
-            measured[name].append(contender())
-    return measured
-
-
-def spread(values: list[float]) -> dict[str, float]:
-    """Median, lowest and highest of repeated measurements."""
-    return {'median': statistics.median(values), 'low': min(values), 'high': max(values)}
-
-
-def matmul_peak() -> Callable[[], float]:
-    """A contender that returns the FLOP/s of one dense float32 product of side `PEAK_SIZE`."""
-    keys = jax.random.split(jax.random.key(0))
-    a, b = (jax.random.normal(key, (PEAK_SIZE, PEAK_SIZE)) for key in keys)
-    product = jax.jit(jnp.matmul).lower(a, b).compile()
-    jax.block_until_ready(product(a, b))
-
-    def measure() -> float:
-        started = time.perf_counter()
-        jax.block_until_ready(product(a, b))
-        return 2 * PEAK_SIZE**3 / (time.perf_counter() - started)
-
-    return measure
+_LENGTHS = flags.DEFINE_list('lengths', ['256', '1024', '4096'], 'Tokens of a sequence.')
+_NUM_FEATURES = flags.DEFINE_list('num_features', ['256'], 'Random features of our kernels.')
+_CAUSAL = flags.DEFINE_bool('causal', False, 'Let a token attend to itself and earlier ones alone.')
+_PEERS = flags.DEFINE_bool('peers', False, 'Also measure PyTorch and performer-pytorch.')
+_MEMORY = flags.DEFINE_bool('memory', False, 'Also measure the peak memory of each contender.')
+_QUADRATIC_LIMIT = flags.DEFINE_integer(
+    'quadratic_limit', 4096,
+    'The longest sequence for attention in quadratic time, or with a state kept for each token.', 1,
+)  # fmt: skip
+_DRAWS = flags.DEFINE_integer('draws', 15, 'Independent draws of inputs and projections.', 2)
 
 
 def count_flops(function: Callable, *arguments) -> float:
     """FLOPs of a function under `pmap`, over all devices: XLA's count before it optimises.
 
-    XLA counts the body of a loop once however often it runs, and exact attention loops over blocks
-    of queries; so it is counted in one block, which also leaves out what the backward pass computes
-    twice.
+    XLA counts the body of a loop once however often it runs, and attention loops over blocks; so it
+    is counted in one block, which also leaves out what the backward pass computes twice.
     """
-    block_size = exact_attention.BLOCK_SIZE
-    exact_attention.BLOCK_SIZE = sys.maxsize
-    try:
+    with _one_block():
         # A function of its own, or JAX would find the trace of the one with blocks.
         lowered = jax.pmap(lambda *args: function(*args), axis_name='batch').lower(*arguments)
-    finally:
-        exact_attention.BLOCK_SIZE = block_size
     return lowered.cost_analysis()['flops'] * jax.device_count()
+
+
+@contextlib.contextmanager
+def _one_block() -> Iterator[None]:
+    """Within it, attention is traced as one block of whatever size."""
+    blocks = {
+        (exact_attention, 'BLOCK_SIZE'): sys.maxsize,
+        (linear_attention, 'BLOCK_FEATURES'): {},
+        (linear_attention, 'BLOCK_FEATURES_ELSEWHERE'): sys.maxsize,
+    }
+    saved = {place: getattr(*place) for place in blocks}
+    try:
+        for place, size in blocks.items():
+            setattr(*place, size)
+        yield
+    finally:
+        for place, size in saved.items():
+            setattr(*place, size)
 
 
 def _prepare(config):
@@ -108,13 +107,13 @@ def _figures(config, dataset, training, flops: float, measured: Mapping[str, lis
         'num_tokens': vit.num_tokens(training.model, dataset.image_shape),
         'batch_size': batch_size,
         'gflop_per_image': flops / batch_size / 1e9,
-        'peak_gflop_per_second': spread([value / 1e9 for value in measured['peak']]),
-        'images_per_second': spread(measured['images_per_second']),
-        'gflop_per_second': spread(
+        'peak_gflop_per_second': timing.spread([value / 1e9 for value in measured['peak']]),
+        'images_per_second': timing.spread(measured['images_per_second']),
+        'gflop_per_second': timing.spread(
             [value * flops / batch_size / 1e9 for value in measured['images_per_second']]
         ),
         # Of each round, so that both numbers are of the same minute.
-        'fraction_of_peak': spread([
+        'fraction_of_peak': timing.spread([
             images * flops / batch_size / peak
             for images, peak in zip(measured['images_per_second'], measured['peak'], strict=True)
         ]),
@@ -157,18 +156,18 @@ def train_step(config, rounds: int) -> dict:
         shown = progress.Progress(directory, dataset.name, 'benchmark', config, 1, total)
         observe = functools.partial(train.report_steps, shown)
         contenders = {
-            'peak': matmul_peak(),
+            'peak': timing.matmul_peak(),
             'images_per_second': lambda: turn(itertools.repeat(fixed), lambda *_: None),
             'loop_images_per_second': lambda: turn(stream, observe),
         }
-        measured = alternate(contenders, rounds)
+        measured = timing.alternate(contenders, rounds)
         shown.close()
     loops = zip(measured['loop_images_per_second'], measured['images_per_second'], strict=True)
     return {
         **_figures(config, dataset, training, flops, measured),
         'compile_seconds': compile_seconds,
-        'loop_images_per_second': spread(measured['loop_images_per_second']),
-        'loop_over_bare_step': spread([loop / bare for loop, bare in loops]),
+        'loop_images_per_second': timing.spread(measured['loop_images_per_second']),
+        'loop_over_bare_step': timing.spread([loop / bare for loop, bare in loops]),
     }
 
 
@@ -192,12 +191,12 @@ def inference(config, rounds: int) -> dict:
         jax.block_until_ready(outputs)
         return count * config.batch_size / (time.perf_counter() - started)
 
-    measured = alternate({'peak': matmul_peak(), 'images_per_second': turn}, rounds)
+    measured = timing.alternate({'peak': timing.matmul_peak(), 'images_per_second': turn}, rounds)
     return _figures(config, dataset, training, flops, measured)
 
 
-def table(figures: Mapping) -> str:
-    """The figures of a benchmark as aligned lines: median, and the range over the rounds."""
+def table(measured: Mapping) -> str:
+    """The figures of `train_step` or `inference` as lines: median, and range over the rounds."""
     units = {
         'peak_gflop_per_second': ('matrix-product peak', '{:,.0f} GFLOP/s'),
         'images_per_second': ('bare, one fixed batch', '{:,.1f} images/s'),
@@ -207,19 +206,110 @@ def table(figures: Mapping) -> str:
         'loop_over_bare_step': ('', '{:.1%} of the bare step'),
     }
     lines = [
-        f'{figures["kernel"]} on {figures["dataset"]}: {figures["num_params"]:,} parameters, '
-        f'{figures["num_tokens"]} tokens, batch {figures["batch_size"]}, '
-        f'{figures["gflop_per_image"]:.3f} GFLOP an image; {figures["device"]}'
+        f'{measured["kernel"]} on {measured["dataset"]}: {measured["num_params"]:,} parameters, '
+        f'{measured["num_tokens"]} tokens, batch {measured["batch_size"]}, '
+        f'{measured["gflop_per_image"]:.3f} GFLOP an image; {measured["device"]}'
     ]
     for field, (label, unit) in units.items():
-        if field in figures:
-            value = figures[field]
+        if field in measured:
+            value = measured[field]
             low, high = (unit.split(' ')[0].format(value[end]) for end in ('low', 'high'))
             lines.append(f'{label:<23}{unit.format(value["median"])}  ({low} to {high})')
     return '\n'.join(lines)
 
 
-BENCHMARKS = {'train_step': train_step, 'inference': inference}
+@dataclasses.dataclass(frozen=True)
+class Benchmark:
+    """One benchmark of the command line.
+
+    Attributes:
+      flags: the flags that it honours, `json` apart; any other that is set is an error.
+      run: measures, by the flags' values, and returns what JSON can hold.
+      table: its figures as text.
+      draw: writes figures beside the JSON file, given the figures and its path.
+    """
+
+    flags: tuple[str, ...]
+    run: Callable[[], dict]
+    table: Callable[[dict], str]
+    draw: Callable[[dict, pathlib.Path], None] = lambda figures, path: None
+
+
+def _attention() -> dict:
+    return attention_speed.study(
+        lengths=_integers('lengths', _LENGTHS.value),
+        num_features=_integers('num_features', _NUM_FEATURES.value),
+        rounds=_ROUNDS.value,
+        is_causal=_CAUSAL.value,
+        peers=_PEERS.value,
+        memory=_MEMORY.value,
+        quadratic_limit=_QUADRATIC_LIMIT.value,
+        on_progress=_say,
+    )
+
+
+def _draw_attention(values: dict, path: pathlib.Path) -> None:
+    figures.save(figures.attention_speed(values), path.with_suffix('.png'), num_colours=128)
+
+
+def _approximation() -> dict:
+    return approximation.study(draws=_DRAWS.value, on_progress=_say)
+
+
+def _draw_approximation(values: dict, path: pathlib.Path) -> None:
+    figures.approximation(values, path.parent)
+
+
+BENCHMARKS = {
+    'train_step': Benchmark(
+        ('config', 'rounds'), lambda: train_step(_CONFIG.value, _ROUNDS.value), table
+    ),
+    'inference': Benchmark(
+        ('config', 'rounds'), lambda: inference(_CONFIG.value, _ROUNDS.value), table
+    ),
+    'attention': Benchmark(
+        ('lengths', 'num_features', 'causal', 'peers', 'memory', 'quadratic_limit', 'rounds'),
+        _attention,
+        attention_speed.table,
+        _draw_attention,
+    ),
+    'approximation': Benchmark(
+        ('draws',), _approximation, approximation.table, _draw_approximation
+    ),
+}
+
+
+def _integers(name: str, words: list[str]) -> list[int]:
+    try:
+        return [int(word) for word in words]
+    except ValueError as error:
+        raise BadInput(
+            f'--{name} is {",".join(words)}; allowed are integers with commas between them, as in '
+            f'--{name}=256,1024.'
+        ) from error
+
+
+def _say(message: str) -> None:
+    print(message, file=sys.stderr, flush=True)
+
+
+def _check_flags(name: str) -> None:
+    """Refuses flags of other benchmarks, a config that is missing, and a --json nowhere."""
+    own = (*BENCHMARKS[name].flags, 'json')
+    known = {'config', *(flag for benchmark in BENCHMARKS.values() for flag in benchmark.flags)}
+    for flag in sorted(known - set(own)):
+        if flags.FLAGS[flag].present:
+            raise BadInput(
+                f'--{flag} is given, but {name} has no use for it; its flags are '
+                f'{", ".join(f"--{flag}" for flag in own)}. Leave --{flag} out.'
+            )
+    if 'config' in own and not flags.FLAGS['config'].present:
+        raise BadInput('--config is missing; an example is --config=configs/performer_relu.py')
+    path = pathlib.Path(_JSON.value or '.')
+    if not path.absolute().parent.is_dir():
+        raise BadInput(f'the directory of --json={path} does not exist; make it first.')
+    if path.suffix == '.png':
+        raise BadInput(f'--json={path} is the name of a figure; give one that ends in .json.')
 
 
 def main(argv: list[str]) -> None:
@@ -231,16 +321,15 @@ def main(argv: list[str]) -> None:
                 f'the benchmark is {argv[1:]}; give one of {", ".join(BENCHMARKS)}, such as: '
                 'python -m performer_vit.benchmark train_step --config=configs/vit.py'
             )
-        if not flags.FLAGS['config'].present:
-            raise BadInput('--config is missing; an example is --config=configs/performer_relu.py')
-        if _JSON.value and not pathlib.Path(_JSON.value).absolute().parent.is_dir():
-            raise BadInput(f'the directory of --json={_JSON.value} does not exist; make it first.')
-        figures = BENCHMARKS[argv[1]](_CONFIG.value, _ROUNDS.value)
+        _check_flags(argv[1])
+        benchmark = BENCHMARKS[argv[1]]
+        values = benchmark.run()
     except (BadInput, FloatingPointError) as error:
         fail(error)
-    print(table(figures))
+    print(benchmark.table(values))
     if _JSON.value:
-        workdir.write_json(_JSON.value, figures)
+        workdir.write_json(_JSON.value, values)
+        benchmark.draw(values, pathlib.Path(_JSON.value))
 
 
 if __name__ == '__main__':

@@ -19,11 +19,15 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
 from matplotlib.patheffects import withStroke
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import LogLocator, MaxNLocator
+from PIL import Image
 from sklearn.metrics import confusion_matrix
 
 from performer_vit import workdir as run_directory
+from performer_vit.approximation import ERRORS, ESTIMATORS, varied
 from performer_vit.errors import BadInput, choose
 
 MODEL_COLOURS = {
@@ -49,11 +53,33 @@ NEUTRAL = '#595959'
 
 DATASET_NAMES = {'cifar10': 'CIFAR-10', 'cifar100': 'CIFAR-100'}
 
+# Estimators of the softmax kernel, in figures that hold no other model.
+ESTIMATOR_COLOURS = {
+    'softmax_trigonometric': '#0072B2',
+    'softmax': '#D55E00',
+    'softmax_hyperbolic': '#E69F00',
+    'softmax_optimal': '#009E73',
+}
+PROJECTION_STYLES = {
+    'gaussian': ('--', 'o'),
+    'orthogonal': ('-', 'o'),
+    'simplex': (':', 's'),
+    'hadamard': ('-.', '^'),
+}
+PROJECTION_NAMES = {
+    'gaussian': 'independent rows',
+    'orthogonal': 'orthogonal rows',
+    'simplex': 'simplex rows',
+    'hadamard': 'Hadamard rows',
+}
+
 PIXELS_AN_INCH = 100  # 8 inches are the width of a README
 LONGEST_NAME = 20
 MOST_ANNOTATED = 12  # classes whose confusions fit into the cells as numbers
 MOST_NAMED = 30  # classes whose names fit along the axes of a confusion matrix
 ROWS_A_COLUMN = 50  # bars of one column of the per-class figure
+BAND = 0.12  # opacity of a band
+MOST_ERROR = 30  # where the errors of estimators leave their figure
 MOST_CONFUSED = 12  # pairs named beside a confusion matrix without names
 
 
@@ -366,12 +392,59 @@ def comparison(rows: Sequence[dict], title: str) -> Figure:
     return figure
 
 
-def save(figure: Figure, path: str | os.PathLike) -> None:
-    """Writes the figure as a PNG of 1600 pixels in width, whole or not at all."""
+def approximation_figures(figures: dict) -> dict[str, Figure]:
+    """The errors of the estimators of softmax attention, from the numbers of `approximation.study`.
+
+    Lines are means over the draws, bands the standard error of these means.
+
+    Args:
+        figures: what the study returned.
+
+    Returns:
+        By name: `approximation-features`, `-length` and `-scale`, errors against R, N and the
+        scale of the inputs for independent and orthogonal rows; `approximation-projections`, the
+        kernel's error by projection over that of independent rows, against the scale.
+    """
+    settings = figures['settings']
+    dim, length, features = (
+        f'{letter} = {settings[name]:,}'
+        for letter, name in (('D', 'dim'), ('N', 'length'), ('R', 'num_features'))
+    )
+    return {
+        'approximation-features': _errors_at_scales(
+            figures, 'num_features', 'features R', f'{dim}, {length}'
+        ),
+        'approximation-length': _errors_at_scales(
+            figures, 'length', 'tokens N', f'{dim}, {features}'
+        ),
+        'approximation-scale': _errors_by_scale(figures, f'{dim}, {length}, {features}'),
+        'approximation-projections': _errors_by_projection(figures, f'{dim}, {features}'),
+    }
+
+
+def approximation(figures: dict, directory: str | os.PathLike) -> list[Path]:
+    """Writes `approximation_figures` as NAME.png into a directory, and returns their paths."""
+    paths = []
+    for name, figure in approximation_figures(figures).items():
+        paths.append(Path(directory) / f'{name}.png')
+        save(figure, paths[-1], num_colours=128)
+    return paths
+
+
+def save(figure: Figure, path: str | os.PathLike, *, num_colours: int | None = None) -> None:
+    """Writes the figure as a PNG of 1600 pixels in width, whole or not at all.
+
+    `num_colours` limits it to the colours that serve it best: a figure of lines and flat areas does
+    not miss the others, and its file is a third as long.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + '.tmp')
     figure.savefig(temporary, format='png', dpi=2 * PIXELS_AN_INCH)
+    if num_colours is not None:
+        with Image.open(temporary) as image:
+            reduced = image.convert('RGB').quantize(num_colours, dither=Image.Dither.NONE)
+        reduced.save(temporary, format='png', optimize=True)
     os.replace(temporary, path)
 
 
@@ -467,6 +540,147 @@ def _figure(title: str, height: float) -> Figure:
     return figure
 
 
+def _errors_at_scales(figures: dict, field: str, label: str, setting: str) -> Figure:
+    scales = figures['settings']['compared_scales']
+    figure = _figure(f'Error of attention by random features, {setting}', height=5)
+    panels = figure.subplots(1, len(scales), squeeze=False)[0]
+    for axes, scale in zip(panels, scales, strict=True):
+        values, rows = varied(figures, field, scale)
+        _error_lines(axes, rows, field, 'attention_error', figures['settings']['draws'])
+        axes.set_title(f'inputs of scale s = {scale:g}', fontsize=11, loc='left')
+        axes.set_xlabel(label)
+        axes.set_xticks(values, [f'{value:,}' for value in values])
+    panels[0].set_ylabel('relative error of the output')
+    _estimator_legend(figure)
+    return figure
+
+
+def _errors_by_scale(figures: dict, setting: str) -> Figure:
+    titles = {
+        'attention_error': 'attention output',
+        'kernel_error': 'kernel, median of all pairs',
+        'kernel_error_small': 'kernel, pairs with small q·k',
+        'kernel_error_large': 'kernel, pairs with large q·k',
+    }
+    _, rows = varied(figures, 'scale')
+    figure = _figure(f'Errors against the scale of the inputs, {setting}', height=7)
+    panels = figure.subplots(2, 2, sharex=True, sharey=True)
+    for axes, error in zip(panels.flat, ERRORS, strict=True):
+        _error_lines(axes, rows, 'scale', error, figures['settings']['draws'])
+        axes.set_title(titles[error], fontsize=11, loc='left')
+    # The trigonometric estimator's goes on to 1e9, beside which no other could be read off.
+    axes.set_ylim(top=MOST_ERROR)
+    for axes in panels[1]:
+        _scale_axis(axes, figures)
+    for axes in panels[:, 0]:
+        axes.set_ylabel('relative error')
+    _estimator_legend(figure)
+    return figure
+
+
+def _errors_by_projection(figures: dict, setting: str) -> Figure:
+    _, rows = varied(figures, 'scale')
+    figure = _figure(f"The kernel's error by projection, {setting}", height=6.2)
+    panels = figure.subplots(2, 2, sharex=True, sharey=True)
+    for axes, (estimator, name) in zip(panels.flat, ESTIMATORS.items(), strict=True):
+        lines = {
+            projection: _line(rows, 'scale', 'kernel_error', estimator, projection)
+            for projection in PROJECTION_STYLES
+        }
+        for projection, (values, means, _) in lines.items():
+            line, marker = PROJECTION_STYLES[projection]
+            axes.plot(
+                values,
+                means / lines['gaussian'][1],
+                line,
+                marker=None if projection == 'gaussian' else marker,
+                color=NEUTRAL if projection == 'gaussian' else ESTIMATOR_COLOURS[estimator],
+                linewidth=1.6,
+                markersize=5,
+            )
+        axes.set_xscale('log')
+        axes.set_ylim(0, 1.15)
+        axes.set_title(f'{name} features', fontsize=11, loc='left')
+        _tidy(axes)
+    for axes in panels[1]:
+        _scale_axis(axes, figures)
+    for axes in panels[:, 0]:
+        axes.set_ylabel('error / independent rows')
+    handles = [
+        Line2D([], [], color=NEUTRAL, linestyle=line, marker=None if name == 'gaussian' else marker)
+        for name, (line, marker) in PROJECTION_STYLES.items()
+    ]
+    _legend_below(figure, handles, list(PROJECTION_NAMES.values()), columns=4)
+    return figure
+
+
+def _line(rows: Sequence[dict], field: str, error: str, estimator: str, projection: str):
+    """The values of a setting, and the error's mean and standard deviation at each, as arrays."""
+    chosen = sorted(
+        (row[field], *(row[error][number] for number in ('mean', 'std')))
+        for row in rows
+        if (row['estimator'], row['projection']) == (estimator, projection)
+    )
+    return tuple(np.array(column) for column in zip(*chosen, strict=True))
+
+
+def _error_lines(axes: Axes, rows: Sequence[dict], field: str, error: str, draws: int) -> None:
+    """Independent and orthogonal rows of every estimator, on logarithmic axes."""
+    for estimator, colour in ESTIMATOR_COLOURS.items():
+        for projection in ('gaussian', 'orthogonal'):
+            values, means, deviations = _line(rows, field, error, estimator, projection)
+            uncertainty = deviations / math.sqrt(draws)
+            line, marker = PROJECTION_STYLES[projection]
+            axes.plot(
+                values,
+                means,
+                line,
+                marker=marker,
+                color=colour,
+                markerfacecolor='white' if projection == 'gaussian' else colour,
+                linewidth=1.6,
+                markersize=4.5,
+            )
+            low, high = means - uncertainty, means + uncertainty
+            axes.fill_between(values, low, high, color=colour, alpha=BAND, linewidth=0)
+    axes.set_xscale('log')
+    axes.set_yscale('log')
+    low, high = axes.get_ylim()
+    if high < 100 * low:  # Two ticks or fewer at the powers of ten.
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter(lambda value, position: f'{value:,g}')
+    axes.minorticks_off()
+    _tidy(axes)
+
+
+def _scale_axis(axes: Axes, figures: dict) -> None:
+    axes.set_xlabel('scale s of queries and keys')
+    values = figures['settings']['scales']
+    axes.set_xticks(values, [f'{value:g}' for value in values], minor=False)
+    axes.minorticks_off()
+
+
+def _estimator_legend(figure: Figure) -> None:
+    handles = [Line2D([], [], color=colour, linewidth=3) for colour in ESTIMATOR_COLOURS.values()]
+    names = [ESTIMATORS[estimator] for estimator in ESTIMATOR_COLOURS]
+    for projection in ('orthogonal', 'gaussian'):
+        line, marker = PROJECTION_STYLES[projection]
+        face = NEUTRAL if projection == 'orthogonal' else 'white'
+        handles.append(
+            Line2D([], [], color=NEUTRAL, linestyle=line, marker=marker, markerfacecolor=face)
+        )
+        names.append(PROJECTION_NAMES[projection])
+    handles.append(Patch(color=NEUTRAL, alpha=2 * BAND, linewidth=0))
+    names.append('± standard error')
+    _legend_below(figure, handles, names, columns=4)
+
+
+def _legend_below(figure: Figure, handles: list, names: list[str], columns: int) -> None:
+    figure.legend(
+        handles, names, loc='outside lower center', ncols=columns, frameon=False, fontsize=10
+    )
+
+
 def _tidy(axes: Axes, grid: str = 'y') -> None:
     axes.spines[['top', 'right']].set_visible(False)
     axes.grid(axis=grid, color='#E0E0E0', linewidth=0.8)
@@ -513,3 +727,114 @@ def _known(rows: Sequence[dict], field: str) -> np.ndarray:
 def _short(text: str, longest: int = LONGEST_NAME) -> str:
     text = ' '.join(str(text).split())
     return text if len(text) <= longest else text[: longest - 1] + '…'
+
+
+# Attention: seconds against the number of tokens
+
+# Colours are kernels', lines and markers programs'.
+ATTENTION_LINES = {
+    'relu': ('relu', '-', 'o', 'ReLU, ours'),
+    'softmax': ('softmax', '-', 'o', 'softmax, ours'),
+    'exact': ('exact', '-', 'o', 'exact, ours'),
+    'jax_exact': ('exact', ':', 's', 'exact, jax.nn'),
+    'jax_per_token': ('relu', ':', 's', 'ReLU, scan per token'),
+    'torch_exact': ('exact', '--', '^', 'exact, PyTorch'),
+    'performer_pytorch_relu': ('relu', '--', '^', 'ReLU, performer-pytorch'),
+    'performer_pytorch_softmax': ('softmax', '--', '^', 'softmax, performer-pytorch'),
+}
+
+
+def attention_speed(measured: dict) -> Figure:
+    """Seconds of a call against the number of tokens, both axes logarithmic, a line a contender.
+
+    A row of panels for each number of features, forward on the left and with gradients on the
+    right. Rings mark where our linear attention becomes faster than the fastest exact one.
+
+    Args:
+        measured: what `attention_speed.study` returns.
+    """
+    settings = measured['settings']
+    counts = settings['num_features']
+    kind = 'Causal' if settings['is_causal'] else 'Bidirectional'
+    figure = _figure(f'{kind} attention: time of a call', height=2.2 + 3.2 * len(counts))
+    panels = figure.subplots(len(counts), 2, sharex=True, sharey='row', squeeze=False)
+    names = {'forward': 'forward', 'gradient': 'forward and gradient'}
+    for features, pair in zip(counts, panels, strict=True):
+        for (which, name), axes in zip(names.items(), pair, strict=True):
+            rows = [
+                row
+                for row in measured['rows']
+                if row['pass'] == which and row['num_features'] in (None, features)
+            ]
+            axes.set(xscale='log', yscale='log')
+            _time_lines(axes, [row for row in rows if 'seconds' in row])
+            found = [
+                crossing
+                for crossing in measured['crossovers']
+                if (crossing['pass'], crossing['num_features']) == (which, features)
+            ]
+            for crossing in found:
+                if crossing['verdict'] == 'from':
+                    _mark_crossing(axes, crossing['contender'], rows, crossing['length'])
+            lines = [f'R = {features}, {name}', *map(_where_faster, found)]
+            axes.set_title('\n'.join(lines), fontsize=10)
+            axes.set_xlim(settings['lengths'][0] / 1.2, settings['lengths'][-1] * 1.2)
+            axes.set_xticks(settings['lengths'], [f'{n:,}' for n in settings['lengths']])
+            axes.minorticks_off()
+            _tidy(axes, grid='both')
+            if len(settings['lengths']) > 4:
+                axes.tick_params(axis='x', rotation=45)
+    for axes in panels[-1]:
+        axes.set_xlabel(
+            f'tokens of a sequence, N\n({settings["num_tokens"]:,} in all, or one longer sequence)'
+        )
+    for axes in panels[:, 0]:
+        axes.set_ylabel('seconds of a call')
+    _legend_below(figure, *panels[0, 0].get_legend_handles_labels(), columns=3)
+    return figure
+
+
+def _time_lines(axes: Axes, rows: Sequence[dict]) -> None:
+    """A line for each contender, with bars from the lowest to the highest time."""
+    for contender, (kernel, line, marker, label) in ATTENTION_LINES.items():
+        own = [row for row in rows if row['contender'] == contender]
+        if not own:
+            continue
+        seconds = np.array(
+            [[row['seconds'][end] for row in own] for end in ('median', 'low', 'high')]
+        )
+        axes.errorbar(
+            [row['length'] for row in own],
+            seconds[0],
+            yerr=np.abs(seconds[1:] - seconds[0]),
+            color=MODEL_COLOURS[kernel],
+            linestyle=line,
+            marker=marker,
+            markersize=5,
+            markerfacecolor=MODEL_COLOURS[kernel] if line == '-' else 'white',
+            linewidth=1.6,
+            elinewidth=1,
+            label=label,
+        )
+
+
+def _where_faster(crossing: dict) -> str:
+    if crossing['verdict'] == 'from':
+        where = f'from N ≈ {crossing["length"]:,.0f}'
+    elif crossing['verdict'] == 'never':
+        where = f'not at N = {crossing["lengths"][-1]:,}'
+    else:
+        where = {'always': 'at every N', 'unknown': 'not measured'}[crossing['verdict']]
+    return f'{crossing["contender"]} faster than exact: {where}'
+
+
+def _mark_crossing(axes: Axes, contender: str, rows: Sequence[dict], length: float) -> None:
+    """A ring on the line of a contender, between two lengths that were measured."""
+    own = [row for row in rows if row['contender'] == contender]
+    lengths = np.log([row['length'] for row in own])
+    seconds = np.log([row['seconds']['median'] for row in own])
+    height = np.exp(np.interp(np.log(length), lengths, seconds))
+    colour = MODEL_COLOURS[ATTENTION_LINES[contender][0]]
+    axes.plot(
+        length, height, 'o', markersize=13, markerfacecolor='none', markeredgecolor=colour, zorder=4
+    )

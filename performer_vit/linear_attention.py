@@ -40,6 +40,10 @@ LOWEST = -1e30
 # were summed is float32's rounding of 0, and is replaced by that part, with its sign.
 CANCELLED = 1e-6
 
+# Products of two tokens' features are at least this where they are formed: the gradient divides by
+# them, and must stay within float32 too.
+SMALLEST = 1e-30
+
 # Features of a block, in numbers. On a CPU 2 MiB of float32 stay in the caches while products are
 # large enough for several threads. Elsewhere a block only bounds memory, and must fill the device.
 BLOCK_FEATURES = {'cpu': 2**19}
@@ -165,9 +169,8 @@ def causal_linear_attention(
     sees.
 
     For `LogFeatures` within a chunk, a key and a query are divided by the largest of their own
-    features; a product of the rest below float32's smallest normal number (1.2e-38) counts as that
-    number (as 0 for signed features). With softmax features of D = 64 that is exact for |q|, |k| up
-    to about 100.
+    features; a product of the rest below `SMALLEST` counts as that (as itself for signed features).
+    With softmax features of D = 64 no product is that small for |q|, |k| up to about 100.
 
     Args:
       query, key, value, feature_map, key_mask, signed: see `linear_attention`; M ≥ N.
@@ -331,9 +334,9 @@ def attention_matrix(
 
     Returns:
       [..., H, N, M] float32 (float64 for float64 features): rows sum to 1, or to 0 where `mask`
-      lets no key through. Unless `signed`, a product A_nm below float32's smallest normal number
-      (1.2e-38), for `LogFeatures` after dividing each token by the largest of its own features,
-      counts as that number, so a row that may attend to some key never divides by 0.
+      lets no key through. Unless `signed`, a product A_nm below `SMALLEST`, for `LogFeatures` after
+      dividing each token by the largest of its own features, counts as that, so a row that may
+      attend to some key never divides by 0.
     """
     feature_map = feature_map or _itself
     groups = key.shape[-2]
@@ -850,7 +853,7 @@ def _weights(
         # Masked scales may be larger than the largest of the others.
         weights = products * jnp.exp(jnp.minimum(scales - largest, 0))
         return jnp.where(mask, weights, 0), largest
-    products = jnp.maximum(products, jnp.finfo(products.dtype).tiny)
+    products = jnp.maximum(products, SMALLEST)
     if scales is None:
         return jnp.where(mask, products, 0), None
     logs = jnp.where(mask, jnp.log(products) + scales, LOWEST)

@@ -6,12 +6,16 @@ import numpy as np
 
 EPSILON = 1e-3
 GELU_MINIMUM = -0.16997120747990369
+SIGNED = ('identity', 'softmax_trigonometric')
+
+# Of the terms that a normaliser sums: below it the quotient is mostly their rounding.
+LEAST_SHARE = 0.05
 
 
-def log_features(kernel, x, projection=None, theta=None, a=0.0):
+def log_features(kernel, x, projection=None, theta=None, a=0.0, temperature=None):
     """log of the unnormalised φ(x) [..., N, H, R] (a factor common to all features cancels)."""
-    x = np.asarray(x, np.float64) / x.shape[-1] ** 0.25
-    if kernel.startswith('ftheta'):
+    x = scaled(x, temperature)
+    if kernel in ('ftheta', 'ftheta_mixture'):
         theta = {name: np.asarray(weight, np.float64) for name, weight in theta.items()}
         hidden = np.maximum(x @ theta['hidden_kernel'] + theta['hidden_bias'], 0)
         u = hidden @ theta['output_kernel'] + theta['output_bias']
@@ -38,17 +42,25 @@ def log_features(kernel, x, projection=None, theta=None, a=0.0):
     elif kernel == 'sigmoid':
         value = 1 / (1 + np.exp(-u))
     elif kernel == 'softplus':
-        value = np.log1p(np.exp(u))
-    else:
+        value = np.logaddexp(0, u)
+    elif kernel == 'ftheta_mixture':
         weight = 1 / (1 + np.exp(-theta['mixture_logit']))
         exponent = np.clip(u / np.exp(theta['log_temperature']), -10, 10)
         value = weight * np.maximum(u, 0) + (1 - weight) * np.exp(exponent)
+    else:
+        value = kernel(u)
     return np.log(value + EPSILON)
 
 
-def signed_products(kernel, query, key, projection=None):
+def scaled(x, temperature):
+    """x' = x/√τ in float64, τ = √D unless given."""
+    x = np.asarray(x, np.float64)
+    return x / math.sqrt(math.sqrt(x.shape[-1]) if temperature is None else temperature)
+
+
+def signed_products(kernel, query, key, projection=None, temperature=None):
     """φ(q)·φ(k) [..., H, N, M] for features of both signs, and the keys' log scale."""
-    query, key = (np.asarray(x, np.float64) / x.shape[-1] ** 0.25 for x in (query, key))
+    query, key = (scaled(x, temperature) for x in (query, key))
     scale = 0.5 * np.sum(key**2, axis=-1)
     if projection is not None:
         query, key = (x @ np.asarray(projection, np.float64).T for x in (query, key))
@@ -59,51 +71,66 @@ def signed_products(kernel, query, key, projection=None):
     return products, np.moveaxis(scale, -1, -2)[..., None, :]
 
 
-def optimal_a(query, key, key_mask):
-    """A of FAVOR++ [..., 1, H, 1], by brute force over the pairs that may be attended to."""
-    dim = query.shape[-1]
-    query, key = (np.asarray(x, np.float64) / dim**0.25 for x in (query, key))
-    square = np.sum((query[..., :, None, :, :] + key[..., None, :, :, :]) ** 2, axis=-1)
-    weights = np.broadcast_to(key_mask[..., None, :, None], square.shape)
-    mean = np.sum(square * weights, axis=(-3, -2)) / np.sum(weights, axis=(-3, -2))
+def optimal_a(query, key, mask=None, temperature=None):
+    """A of FAVOR++ [..., 1, H, 1], from every pair whose key is not masked for all queries."""
+    *batch, num_queries, heads, dim = query.shape
+    num_keys, groups = key.shape[-3:-1]
+    # All query heads of a key head count together: they share its features.
+    query = scaled(query, temperature).reshape(*batch, num_queries, 1, groups, -1, dim)
+    key = scaled(key, temperature).reshape(*batch, 1, num_keys, groups, 1, dim)
+    square = np.sum((query + key) ** 2, axis=-1)
+    keep = np.ones((*batch, num_keys), bool)
+    if mask is not None:
+        mask = mask.reshape((1,) * (len(batch) + 3 - mask.ndim) + mask.shape)
+        if mask.shape[-3:-1] == (1, 1):
+            keep = keep & mask[..., 0, 0, :]
+    keep = np.broadcast_to(keep[..., None, :, None, None], square.shape)
+    mean = np.mean(square, axis=(-4, -3, -1), where=keep)
     # The minimum of the second moment is where its derivative in ρ = 1/(1 - 8A) is 0.
     rho = (np.sqrt((2 * mean + dim) ** 2 + 8 * dim * mean) - 2 * mean - dim) / (4 * mean)
-    return ((1 - 1 / rho) / 8)[..., None, :, None]
+    return np.repeat((1 - 1 / rho) / 8, heads // groups, axis=-1)[..., None, :, None]
 
 
-def attention_matrix(kernel, query, key, mask=None, projection=None, theta=None):
-    """[..., H, N, M], normalised over the keys that `mask` lets through."""
+def attention_matrix(
+    kernel,
+    query,
+    key,
+    mask=None,
+    projection=None,
+    theta=None,
+    temperature=None,
+    pattern=True,
+    a=None,
+):
+    """[..., H, N, M], normalised over the keys that `mask` and `pattern` let through.
+
+    Only the mask has a say in A of FAVOR++; with `a` given, nothing has.
+    """
+    if kernel == 'softmax_optimal' and a is None:
+        a = optimal_a(query, key, mask, temperature)
     # Query heads that share a key head have it for themselves here.
-    copies = query.shape[-2] // key.shape[-2]
-    a = 0.0
-    if kernel == 'softmax_optimal':
-        shape = (*query.shape[:-3], query.shape[-2], query.shape[-3], key.shape[-3])
-        full = np.broadcast_to(True if mask is None else mask, shape)
-        # Only a mask of keys alone changes the keys that A is computed from.
-        of_keys = mask is not None and mask.ndim > 2 and mask.shape[-2] == mask.shape[-3] == 1
-        key_mask = full[..., 0, 0, :] if of_keys else np.ones((*shape[:-3], shape[-1]), bool)
-        groups = key.shape[-2]
-        grouped = np.moveaxis(
-            np.asarray(query).reshape(*query.shape[:-2], groups, copies, -1), -2, -4
-        ).reshape(*query.shape[:-3], -1, groups, query.shape[-1])
-        a = np.repeat(optimal_a(grouped, key, key_mask), copies, axis=-2)
-    key = np.repeat(np.asarray(key), copies, axis=-2)
-    if kernel == 'exact':
-        query, key = (np.asarray(x, np.float64) for x in (query, key))
-        logits = np.einsum('...nhd,...mhd->...hnm', query, key) / math.sqrt(query.shape[-1])
-    elif kernel in ('identity', 'softmax_trigonometric'):
-        products, scale = signed_products(kernel, query, key, projection)
-        mask = np.broadcast_to(True if mask is None else mask, products.shape)
+    key = np.repeat(np.asarray(key), query.shape[-2] // key.shape[-2], axis=-2)
+    mask = pattern if mask is None else mask & pattern
+    if kernel in SIGNED:
+        products, scale = signed_products(kernel, query, key, projection, temperature)
+        mask = np.broadcast_to(mask, products.shape)
         scale = np.where(mask, scale, -np.inf)
         largest = np.max(scale, axis=-1, keepdims=True)
         weights = products * np.exp(scale - np.where(np.isinf(largest), 0, largest))
         total = np.sum(weights, axis=-1, keepdims=True)
+        assert np.all(np.abs(total) >= LEAST_SHARE * np.sum(np.abs(weights), -1, keepdims=True)), (
+            'the normaliser cancels: nothing can be compared on such inputs'
+        )
         return weights / np.where(total == 0, 1, total)
+    if kernel == 'exact':
+        logits = np.einsum('...nhd,...mhd->...hnm', *(scaled(x, temperature) for x in (query, key)))
     else:
-        query_log = np.moveaxis(log_features(kernel, query, projection, theta, a), -2, -3)
-        key_log = np.moveaxis(log_features(kernel, key, projection, theta, a), -2, -3)
+        query_log, key_log = (
+            np.moveaxis(log_features(kernel, x, projection, theta, a, temperature), -2, -3)
+            for x in (query, key)
+        )
         logits = np.logaddexp.reduce(query_log[..., :, None, :] + key_log[..., None, :, :], axis=-1)
-    mask = np.broadcast_to(True if mask is None else mask, logits.shape)
+    mask = np.broadcast_to(mask, logits.shape)
     logits = np.where(mask, logits, -np.inf)
     largest = np.max(logits, axis=-1, keepdims=True)
     weights = np.exp(logits - np.where(np.isinf(largest), 0, largest))
@@ -111,8 +138,8 @@ def attention_matrix(kernel, query, key, mask=None, projection=None, theta=None)
     return weights / np.where(total == 0, 1, total)
 
 
-def attention(kernel, query, key, value, mask=None, projection=None, theta=None):
-    """[..., N, H, D]."""
-    weights = attention_matrix(kernel, query, key, mask, projection, theta)
+def attention(kernel, query, key, value, mask=None, projection=None, theta=None, **more):
+    """[..., N, H, D]; `more` as for `attention_matrix`."""
+    weights = attention_matrix(kernel, query, key, mask, projection, theta, **more)
     value = np.repeat(np.asarray(value, np.float64), query.shape[-2] // key.shape[-2], axis=-2)
     return np.einsum('...hnm,...mhd->...nhd', weights, value)

@@ -1,21 +1,41 @@
-"""The benchmarks' arithmetic; no test asserts on a clock."""
+"""The benchmarks' arithmetic and command line; no test asserts on a clock."""
 
+import dataclasses
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
 import pytest
+from absl import flags
+from absl.testing import flagsaver
+from matplotlib.image import imread
 
-from performer_vit import benchmark
+from performer_vit import (
+    approximation,
+    attention_contenders,
+    attention_speed,
+    benchmark,
+    command_line,
+    exact_attention,
+    favor,
+    figures,
+    linear_attention,
+    timing,
+    workdir,
+)
+from tests.conftest import ROOT
 
 
-def test_contenders_alternate():
-    """Catches contenders that run one after the other, which drift would favour."""
-    order = []
+@pytest.fixture
+def run():
+    """Runs the benchmark by its command line, within this process."""
 
-    def contender(name):
-        return lambda: order.append(name) or float(len(order))
+    def run_command(*arguments: str) -> None:
+        benchmark.main(command_line.parse(['benchmark', *arguments]))
 
-    measured = benchmark.alternate({'a': contender('a'), 'b': contender('b')}, rounds=3)
-    assert order == ['a', 'b'] * 3
-    assert measured == {'a': [1.0, 3.0, 5.0], 'b': [2.0, 4.0, 6.0]}
-    assert benchmark.spread([3.0, 1.0, 2.0]) == {'median': 2.0, 'low': 1.0, 'high': 3.0}
+    with flagsaver.flagsaver():
+        yield run_command
 
 
 @pytest.mark.parametrize('name', ['train_step', 'inference'])
@@ -27,16 +47,128 @@ def test_figures_agree_with_each_other(tiny_config, monkeypatch, name):
     that. XLA also counts what is element-wise, and leaves out the gradients of the pixels: here,
     where the width is tiny, it may say from 0.8 times to twice as much.
     """
-    monkeypatch.setattr(benchmark, 'PEAK_SIZE', 256)
-    figures = benchmark.BENCHMARKS[name](tiny_config, 2)
-    rate = figures['images_per_second']['median'] * figures['gflop_per_image']
-    assert figures['gflop_per_second']['median'] == pytest.approx(rate, rel=1e-9)
+    monkeypatch.setattr(timing, 'PEAK_SIZE', 256)
+    measured = getattr(benchmark, name)(tiny_config, 2)
+    rate = measured['images_per_second']['median'] * measured['gflop_per_image']
+    assert measured['gflop_per_second']['median'] == pytest.approx(rate, rel=1e-9)
     tokens, width, mlp, features, heads, dim = 16, 16, 32, 8, 2, 8
     macs = tokens * width * (8 * 8 * 3 + 4 * width + 2 * mlp)
     macs += tokens * heads * (2 * dim * features + 2 * features * (dim + 1)) + width * 10
     by_hand = 2e-9 * macs * (3 if name == 'train_step' else 1)
-    assert 0.8 * by_hand < figures['gflop_per_image'] < 2.0 * by_hand
-    assert figures['dataset'] == 'digits' and figures['num_tokens'] == 16
-    text = benchmark.table(figures)
+    assert 0.8 * by_hand < measured['gflop_per_image'] < 2.0 * by_hand
+    assert measured['dataset'] == 'digits' and measured['num_tokens'] == 16
+    text = benchmark.table(measured)
     assert 'of the peak' in text and 'images/s' in text
     assert ('whole loop' in text) == (name == 'train_step')
+
+
+@pytest.mark.parametrize('kernel', ['relu', 'exact'])
+def test_blocks_do_not_change_the_count(monkeypatch, kernel):
+    """Catches a loop over blocks of attention whose body is counted once, however often it runs."""
+    shape = (jax.local_device_count(), 4, 64, 2, 8)
+    query = jnp.ones(shape)
+    projection = None if kernel == 'exact' else jnp.ones((16, 8))
+
+    def loss(x):
+        output = favor.favor_attention(x, x, x, kernel=kernel, projection=projection)
+        return jnp.sum(output**2)
+
+    whole = benchmark.count_flops(jax.grad(loss), query)
+    monkeypatch.setattr(exact_attention, 'BLOCK_SIZE', 16)
+    monkeypatch.setattr(linear_attention, 'BLOCK_FEATURES', {'cpu': 16 * 2 * 16})
+    monkeypatch.setattr(linear_attention, 'BLOCK_FEATURES_ELSEWHERE', 16 * 2 * 16)
+    in_blocks = jax.jit(jax.grad(loss)).lower(query[0]).cost_analysis()['flops']
+    assert benchmark.count_flops(jax.grad(loss), query) == whole
+    assert in_blocks < 0.7 * whole / len(query)
+
+
+# The command line
+
+
+@pytest.mark.parametrize(
+    ('arguments', 'message'),
+    [
+        ((), 'the benchmark is []; give one of train_step, inference, attention, approximation'),
+        (('speed',), "the benchmark is ['speed']"),
+        (('attention', 'approximation'), "the benchmark is ['attention', 'approximation']"),
+        (('train_step',), '--config is missing; an example is'),
+        (('inference', '--rounds=2'), '--config is missing'),
+        (('attention', '--draws=3'), '--draws is given, but attention has no use for it'),
+        (('approximation', '--rounds=3'), '--rounds is given, but approximation has no use'),
+        (('approximation', '--nopeers'), '--peers is given, but approximation has no use'),
+        (('train_step', '--lengths=64'), '--lengths is given, but train_step has no use'),
+        (('attention', '--lengths=64,long'), '--lengths is 64,long; allowed are integers'),
+        (('attention', '--num_features=0'), 'num_features is [0]; allowed are integers ≥ 1'),
+        (('attention', '--lengths=64,64'), 'lengths is [64, 64]'),
+        (('attention', '--rounds=0'), 'rounds'),
+        (('attention', '--quadratic_limit=0'), 'quadratic_limit'),
+        (('approximation', '--draws=1'), 'draws'),
+        (
+            ('attention', '--json=/nonexistent/a.json'),
+            'the directory of --json=/nonexistent/a.json',
+        ),
+        (('attention', '--json=a.png'), '--json=a.png is the name of a figure'),
+    ],
+)
+def test_flags_are_honoured_or_refused(run, capsys, arguments, message):
+    """Catches a flag that is accepted and ignored: exit code 2 and one line that names it."""
+    with pytest.raises(SystemExit) as exit_:
+        run(*arguments)
+    assert exit_.value.code == 2
+    captured = capsys.readouterr()
+    assert message in captured.err and captured.out == ''
+
+
+@pytest.mark.parametrize('name', ['attention', 'approximation'])
+def test_a_config_is_refused_where_there_is_no_model(name):
+    """Catches --config read by a benchmark of attention alone, which would suggest it has effect.
+
+    In a process of its own: a config once given leaves its fields behind as flags.
+    """
+    done = subprocess.run(
+        [sys.executable, '-m', 'performer_vit.benchmark', name, '--config=configs/vit.py'],
+        cwd=ROOT, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 2 and 'Traceback' not in done.stderr
+    assert f'--config is given, but {name} has no use for it' in done.stderr
+
+
+def test_attention_leaves_a_table_a_file_and_a_figure(run, monkeypatch, tmp_path, capsys):
+    """Catches flags that do not reach the study, and figures that miss the saved numbers."""
+    for module in (attention_contenders, attention_speed):
+        monkeypatch.setattr(module, 'NUM_TOKENS', 32)
+    monkeypatch.setattr(timing, 'PEAK_SIZE', 64)
+    monkeypatch.setattr(timing, 'TURN_SECONDS', 0)
+    run(
+        'attention', '--lengths=16,32', '--num_features=4,6', '--causal', '--rounds=1',
+        '--quadratic_limit=16', f'--json={tmp_path}/study.json',
+    )  # fmt: skip
+    study = workdir.read_json(tmp_path / 'study.json')
+    settings = study['settings']
+    assert settings['lengths'] == [16, 32] and settings['num_features'] == [4, 6]
+    assert settings['is_causal'] and settings['rounds'] == 1
+    assert settings['quadratic_limit'] == 16
+    captured = capsys.readouterr()
+    assert captured.out == attention_speed.table(study) + '\n'
+    assert 'jax_per_token' in captured.out and captured.out.startswith('Causal attention')
+    assert 'round 1 of 1' in captured.err
+    assert imread(tmp_path / 'study.png').shape[1] == 1600
+    assert not flags.FLAGS['config'].present
+
+
+def test_approximation_gets_its_draws_and_draws_beside_the_file(run, monkeypatch, tmp_path, capsys):
+    """Catches --draws that is dropped, and figures that go elsewhere."""
+    drawn = []
+    monkeypatch.setattr(
+        approximation, 'study', lambda *, draws, on_progress: {'settings': {'draws': draws}}
+    )
+    monkeypatch.setattr(figures, 'approximation', lambda *arguments: drawn.append(arguments))
+    tabled = dataclasses.replace(
+        benchmark.BENCHMARKS['approximation'], table=lambda values: f'table of {values}'
+    )
+    monkeypatch.setitem(benchmark.BENCHMARKS, 'approximation', tabled)
+    run('approximation', '--draws=3', f'--json={tmp_path}/errors.json')
+    values = {'settings': {'draws': 3}}
+    assert workdir.read_json(tmp_path / 'errors.json') == values
+    assert drawn == [(values, tmp_path)]
+    assert capsys.readouterr().out == f'table of {values}\n'

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from matplotlib.image import imread
 
-from performer_vit import figures, workdir
+from performer_vit import approximation, figures, workdir
 from performer_vit.errors import BadInput
 
 TITLE = 'Performer-ReLU on digits'
@@ -39,6 +39,34 @@ def predictions(num_classes, num_images=400):
 
 def texts(axes):
     return [text.get_text() for text in axes.texts]
+
+
+def approximation_study():
+    """What `approximation.study` returns, with errors that name their setting by their digits."""
+    settings = {
+        'draws': 4,
+        'dim': 16,
+        'num_features': 256,
+        'length': 4096,
+        'compared_scales': [0.5, 1.0],
+        'feature_counts': [16, 32, 64, 128, 256, 512, 1024],
+        'lengths': [64, 256, 1024, 4096],
+        'scales': [0.25, 0.35, 0.5, 0.7, 1.0, 1.4, 2.0],
+    }
+    cells = {(r, 4096, s) for r in settings['feature_counts'] for s in (0.5, 1.0)}
+    cells |= {(256, n, s) for n in settings['lengths'] for s in (0.5, 1.0)}
+    cells |= {(256, 4096, s) for s in settings['scales']}
+    rows = []
+    for (r, n, s), (i, estimator), (j, projection) in itertools.product(
+        sorted(cells), enumerate(approximation.ESTIMATORS), enumerate(approximation.PROJECTIONS)
+    ):
+        row = {'num_features': r, 'length': n, 'scale': s}
+        row |= {'estimator': estimator, 'projection': projection}
+        for k, error in enumerate(approximation.ERRORS):
+            mean = s**2 * r**-0.5 * (1 + i) * (2 - j / 4) * (1 + k) * (1 + n / 1e6)
+            row[error] = {'mean': mean, 'std': mean / 5, 'low': mean / 2, 'high': 2 * mean}
+        rows.append(row)
+    return {'settings': settings, 'rows': rows}
 
 
 @functools.cache
@@ -87,13 +115,15 @@ def all_figures():
         )
     ]  # fmt: skip
     made['comparison'] = figures.comparison(rows, 'Seven kernels on digits')
+    made |= figures.approximation_figures(approximation_study())
     assert set(made) == set(FIGURES)  # None goes untested.
     return made
 
 
 FIGURES = (
     'curves-1', 'curves-3', 'curves-100', 'confusion-10', 'per-class-10', 'confidence-10',
-    'confusion-100', 'per-class-100', 'confidence-100', 'comparison',
+    'confusion-100', 'per-class-100', 'confidence-100', 'comparison', 'approximation-features',
+    'approximation-length', 'approximation-scale', 'approximation-projections',
 )  # fmt: skip
 
 
@@ -328,6 +358,92 @@ def test_comparison_refuses_several_data_sets():
         figures.comparison(rows, 'x')
     with pytest.raises(BadInput, match='none'):
         figures.comparison([], 'x')
+
+
+# Errors of the estimators of softmax attention
+
+
+def legend(figure):
+    return [text.get_text() for text in figure.legends[0].get_texts()]
+
+
+@pytest.mark.parametrize(
+    ('name', 'field'),
+    [
+        ('approximation-features', 'num_features'),
+        ('approximation-length', 'length'),
+        ('approximation-scale', 'scale'),
+    ],
+)
+def test_approximation_lines_hold_the_means_and_bands_the_standard_errors(name, field):
+    """Catches a line of another estimator, projection, scale or error, and a wrong band."""
+    study = approximation_study()
+    figure = all_figures()[name]
+    panels = [('attention_error', 0.5), ('attention_error', 1.0)]
+    if field == 'scale':
+        panels = [(error, None) for error in approximation.ERRORS]
+    for axes, (error, scale) in zip(figure.axes, panels, strict=True):
+        values, rows = approximation.varied(study, field, scale)
+        drawn = itertools.product(approximation.ESTIMATORS, ('gaussian', 'orthogonal'))
+        for (estimator, projection), line, band in zip(
+            drawn, axes.lines, axes.collections, strict=True
+        ):
+            means = {
+                row[field]: row[error]['mean']
+                for row in rows
+                if (row['estimator'], row['projection']) == (estimator, projection)
+            }
+            np.testing.assert_array_equal(line.get_xdata(), values)
+            np.testing.assert_allclose(line.get_ydata(), [means[value] for value in values])
+            assert line.get_color() == figures.ESTIMATOR_COLOURS[estimator]
+            assert line.get_linestyle() == ('--' if projection == 'gaussian' else '-')
+            heights = band.get_paths()[0].vertices[:, 1]
+            # std / √draws = mean / 5 / 2.
+            last = means[values[-1]]
+            assert any(np.isclose(heights, 0.9 * last)) and any(np.isclose(heights, 1.1 * last))
+        assert axes.get_xscale() == axes.get_yscale() == 'log'
+
+
+def test_approximation_legends_name_every_estimator_and_projection():
+    """Catches a colour or a line style that no one can read."""
+    for name in ('approximation-features', 'approximation-length', 'approximation-scale'):
+        names = legend(all_figures()[name])
+        assert set(approximation.ESTIMATORS.values()) < set(names)
+        assert names[4:] == ['orthogonal rows', 'independent rows', '± standard error']
+    figure = all_figures()['approximation-projections']
+    assert len(legend(figure)) == len(approximation.PROJECTIONS)
+    titles = [axes.get_title(loc='left') for axes in figure.axes]
+    assert titles == [f'{name} features' for name in approximation.ESTIMATORS.values()]
+    assert set(figures.ESTIMATOR_COLOURS) == set(approximation.ESTIMATORS)
+    assert tuple(figures.PROJECTION_STYLES) == approximation.PROJECTIONS
+
+
+def test_projections_are_drawn_as_ratios_to_independent_rows():
+    """Catches a ratio upside down, or to another estimator's independent rows."""
+    for axes in all_figures()['approximation-projections'].axes:
+        for j, line in enumerate(axes.lines):
+            np.testing.assert_allclose(line.get_ydata(), (2 - j / 4) / 2)
+
+
+def test_approximation_writes_its_figures_small(tmp_path):
+    """Catches a figure that is not written, of the wrong width, or too long for a repository."""
+    paths = figures.approximation(approximation_study(), tmp_path)
+    assert sorted(paths) == sorted(tmp_path.iterdir()) and len(paths) == 4
+    for path in paths:
+        assert path.suffix == '.png' and path.stem.startswith('approximation-')
+        assert imread(path).shape[1] == 1600 and path.stat().st_size < 150_000
+
+
+def test_fewer_colours_change_a_figure_little(tmp_path):
+    """Catches a palette that loses a line's colour, and one that is not applied."""
+    figure = all_figures()['approximation-features']
+    figures.save(figure, tmp_path / 'all.png')
+    figures.save(figure, tmp_path / 'few.png', num_colours=128)
+    every, few = (imread(tmp_path / f'{name}.png')[..., :3] for name in ('all', 'few'))
+    assert every.shape == few.shape and np.abs(every - few).mean() < 0.002
+    weights = [65536, 256, 1]
+    assert len(np.unique(few @ weights)) <= 128 < len(np.unique(every @ weights))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ['all.png', 'few.png']
 
 
 # Files
