@@ -75,8 +75,8 @@ def study(
       a call, `seconds_per_token`, `gflop_per_second` and `fraction_of_peak` as median, low and high
       over the rounds; for our kernels `time_ratios`, our time over another's in the same round.
       Operations are those of the algorithm without masks, even where a kernel multiplies in another
-      order or more than that; `fraction_of_peak_recomputing` also counts those that our blocks do
-      twice. `crossovers` has `crossover` of each of our linear kernels, R and pass against the
+      order or more than that; `fraction_of_peak_recomputing` also counts those that our kernels do
+      twice where they work in blocks, as they do at all but the smallest sizes. `crossovers` has `crossover` of each of our linear kernels, R and pass against the
       fastest exact attention. `memory` has `peak_bytes` of the pass 'gradient'.
 
     Raises:

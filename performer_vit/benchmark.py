@@ -33,6 +33,7 @@ from performer_vit import (
     figures,
     input_pipeline,
     linear_attention,
+    linear_attention,
     predict,
     progress,
     timing,
@@ -64,28 +65,15 @@ def count_flops(function: Callable, *arguments) -> float:
     XLA counts the body of a loop once however often it runs, and attention loops over blocks; so it
     is counted in one block, which also leaves out what the backward pass computes twice.
     """
-    with _one_block():
+    sizes = exact_attention.BLOCK_SIZE, linear_attention.BLOCK_FEATURES
+    exact_attention.BLOCK_SIZE = sys.maxsize
+    linear_attention.BLOCK_FEATURES = {jax.default_backend(): sys.maxsize}
+    try:
         # A function of its own, or JAX would find the trace of the one with blocks.
         lowered = jax.pmap(lambda *args: function(*args), axis_name='batch').lower(*arguments)
-    return lowered.cost_analysis()['flops'] * jax.device_count()
-
-
-@contextlib.contextmanager
-def _one_block() -> Iterator[None]:
-    """Within it, attention is traced as one block of whatever size."""
-    blocks = {
-        (exact_attention, 'BLOCK_SIZE'): sys.maxsize,
-        (linear_attention, 'BLOCK_FEATURES'): {},
-        (linear_attention, 'BLOCK_FEATURES_ELSEWHERE'): sys.maxsize,
-    }
-    saved = {place: getattr(*place) for place in blocks}
-    try:
-        for place, size in blocks.items():
-            setattr(*place, size)
-        yield
     finally:
-        for place, size in saved.items():
-            setattr(*place, size)
+        exact_attention.BLOCK_SIZE, linear_attention.BLOCK_FEATURES = sizes
+    return lowered.cost_analysis()['flops'] * jax.device_count()
 
 
 def _prepare(config):

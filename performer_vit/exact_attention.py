@@ -46,10 +46,9 @@ def exact_attention(
 ) -> jax.Array:
     """softmax(q kᵀ/τ) v in O(N·M·(D + D')) time and, forward and backward, O(N + M) memory.
 
-    Up to half a block of tokens is attended to at once, which is faster for so few: the O(N·M)
-    weights are then kept for the backward pass. Beyond, all that exists is one block of weights, of
-    one head after the other on a CPU and of all heads elsewhere; its backward pass computes the
-    logits a second time.
+    Up to N·M = (`block_size`/2)² a head's weights are one block, kept for the backward pass, which
+    is faster for so few. Beyond, all that exists at a time is one block of weights, of one head
+    after the other on a CPU and of all heads elsewhere, and the backward pass computes it anew.
 
     Args:
       query: [..., N, H, D].
@@ -85,7 +84,7 @@ def exact_attention(
     _check_size('key_block_size', key_block_size)
     num_queries, num_keys = query.shape[-3], key.shape[-3]
     query, key, value = (jnp.swapaxes(x, -3, -2) for x in (query, key, value))
-    if max(num_queries, num_keys) <= block_size // 2:
+    if num_queries * num_keys <= (block_size // 2) ** 2:
         mask = _with_patterns(mask, num_queries, num_keys, is_causal, segment_ids)
         output = _attend(query, key, value, mask, scale)
     else:
@@ -290,9 +289,9 @@ def _attend_head(
       value: [blocks, D', keys].
 
     Returns:
-      The output [blocks of rows, rows, D'], and of each row the largest logit m (0 if it sees
-      nothing) and the normaliser Σ exp(logit - m) (1 if it sees nothing), [blocks of rows, rows, 1].
-      The derivative takes m for a constant, on which nothing depends.
+      The output [blocks of rows, rows, D'] and, [blocks of rows, rows, 1], the largest logit m of
+      each row and its normaliser Σ exp(logit - m); 0 and 1 where a row sees nothing. The derivative
+      takes m for a constant: the output does not depend on it.
     """
     dtype = query.dtype
 
@@ -326,9 +325,10 @@ def _attend_head(
 
 @_attend_head.defjvp
 def _attend_head_jvp(blocks, primals, tangents):
-    """d out = (Σ_m w_m dl_m v_m + w_m dv_m - out Σ_m w_m dl_m) / Σ_m w_m, l the logits, w = e^{l-m}.
+    """d out_n = (Σ_m w_nm (dl_nm v_m + dv_m) - out_n Σ_m w_nm dl_nm) / Σ_m w_nm, w_nm = exp(l_nm).
 
-    Linear in the tangents block by block, so that its transpose is as well: no carry is kept.
+    The logits l_nm are taken relative to the row's largest. A sum over blocks, linear in the
+    tangents of each: its transpose keeps no carry.
     """
     query, key, value, sight = primals
     query_dot, key_dot, value_dot, _ = tangents
@@ -483,8 +483,8 @@ def _scale(head_dim: int, temperature: float | None) -> float:
         return head_dim**-0.5
     if not isinstance(temperature, numbers.Real) or not 0 < temperature < math.inf:
         raise BadInput(
-            f'temperature is {temperature!r}; allowed is a finite number > 0, known at compilation. '
-            'Set one, or None for the square root of the head dimension.'
+            f'temperature is {temperature!r}; allowed is a finite number > 0, known at '
+            'compilation. Set one, or None for the square root of the head dimension.'
         )
     return 1 / float(temperature)
 

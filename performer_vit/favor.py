@@ -585,7 +585,7 @@ def _feature_map(
         elif kernel == 'softmax_hyperbolic':
             logs = feature_maps.hyperbolic_log_features(x, projection, temperature=temperature)
         elif kernel == 'softmax_optimal':
-            x, a = x[..., :-1], x[..., -1:].astype(jnp.float32)
+            x, a = x[..., :-1], x[..., -1:]
             logs = feature_maps.optimal_log_features(x, projection, a, temperature=temperature)
         else:
             factor, logs = feature_maps.trigonometric(x, projection, temperature=temperature)

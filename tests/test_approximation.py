@@ -119,20 +119,17 @@ def test_one_cell_agrees_with_numpy():
             ), (estimator, projection, error)
 
 
-def test_kernel_errors_are_those_of_the_closed_form_variances():
+def test_kernel_errors_are_those_of_the_closed_form_variances(small):
     """Catches an estimator of other features, and errors of R features said to be of R/2.
 
-    With R = 512 and short inputs an estimate is nearly normal about the kernel, and the median of
-    |normal| is 0.6745 σ. σ² is the relative variance for independent rows, over R: exp(‖s‖²) - 1
-    for positive features, (exp(‖s‖²) - 1)(1 - exp(-‖s‖²)) for hyperbolic ones, the same with
-    ‖q' - k'‖² for trigonometric ones. The mean over 10 draws is within 15 % (3 standard errors; a
-    factor √2 would be 41 %).
+    For short inputs an estimate is nearly normal about the kernel, and |estimate/kernel - 1| is as
+    |normal| σ. σ² is the relative variance for independent rows, over R: exp(‖s‖²) - 1 for positive
+    features, (exp(‖s‖²) - 1)(1 - exp(-‖s‖²)) for hyperbolic ones, the same with ‖q' - k'‖² for
+    trigonometric ones. The mean over 8 draws is within 15 % (3 standard errors; a factor √2 would
+    be 41 %).
     """
-    sizes = ONE_CELL | {'num_features': 512, 'feature_counts': (512,), 'length': 128}
-    sizes |= {'lengths': (128,), 'scales': (0.25,), 'compared_scales': (0.25,)}
-    figures = approximation.study(draws=10, **sizes)
-    # The root of √D/s is 8: q' = q / 8.
-    query, key, _ = (np.asarray(x, np.float64) / 8 for x in approximation._inputs(0, 10, 128, 16))
+    # x' = 0.25 x / 16^(1/4).
+    query, key, _ = (np.asarray(x, np.float64) / 8 for x in approximation._inputs(0, 8, 64, 16))
     plus, minus = (
         ((query[:, :, None] + sign * key[:, None]) ** 2).sum(axis=-1) for sign in (1, -1)
     )
@@ -142,9 +139,10 @@ def test_kernel_errors_are_those_of_the_closed_form_variances():
         'softmax_trigonometric': np.expm1(minus) * -np.expm1(-minus),
     }
     normal = np.random.default_rng(0).normal(size=plus.shape)
+    setting = {'num_features': 64, 'length': 64, 'scale': 0.25}
     for estimator, variance in variances.items():
-        expected = np.median(np.abs(normal) * np.sqrt(variance / 512))
-        measured = find(figures, 'kernel_error', estimator, 'gaussian')
+        expected = np.median(np.abs(normal) * np.sqrt(variance / 64))
+        measured = find(small[0], 'kernel_error', estimator, 'gaussian', **setting)
         assert measured == pytest.approx(expected, rel=0.15), estimator
 
 

@@ -15,6 +15,7 @@ from performer_vit import (
     attention_contenders,
     attention_memory,
     attention_speed,
+    favor,
     figures,
     timing,
     workdir,
@@ -134,6 +135,44 @@ def test_operations_are_those_that_xla_counts(which, num_features):
     case = attention_speed._Case(length, 'any', num_features)
     ours = attention_speed._flops(case, which, is_causal=False)
     assert ours == pytest.approx(counted.cost_analysis()['flops'], rel=0.04)
+
+
+def product_operations(jaxpr):
+    """Operations of all matrix products, each as often as the loops around it run."""
+    total = 0
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == 'dot_general':
+            ((contracted, _), _) = equation.params['dimension_numbers']
+            shape = equation.invars[0].aval.shape
+            depth = math.prod(shape[axis] for axis in contracted)
+            total += 2 * depth * math.prod(equation.outvars[0].aval.shape)
+        times = equation.params['length'] if equation.primitive.name == 'scan' else 1
+        for inner in jax.core.jaxprs_in_params(equation.params):
+            total += times * product_operations(inner)
+    return total
+
+
+@pytest.mark.parametrize(
+    ('kernel', 'num_features'), [('relu', 256), ('softmax', 256), ('exact', None)]
+)
+def test_our_blocks_compute_again_what_the_table_says(kernel, num_features):
+    """Catches a claim about the backward pass that is no longer true of the code.
+
+    Normalisers are one more row of the values: a 64th of some products.
+    """
+    length = 4096
+    inputs = [jax.ShapeDtypeStruct((1, length, 8, 64), jnp.float32)] * 3
+    projection = None if num_features is None else jnp.ones((num_features, 64))
+
+    def loss(*inputs):
+        return jnp.sum(favor.favor_attention(*inputs, kernel=kernel, projection=projection) ** 2)
+
+    done = product_operations(jax.make_jaxpr(jax.grad(loss, argnums=(0, 1, 2)))(*inputs).jaxpr)
+    case = attention_speed._Case(length, kernel, num_features)
+    kind = attention_speed._kind(case)
+    needed = attention_speed._PRODUCTS[kind]['gradient']
+    again = 1 + attention_speed._RECOMPUTED[kind] / needed
+    assert done == pytest.approx(again * attention_speed._flops(case, 'gradient', False), rel=0.03)
 
 
 def test_causal_exact_attention_needs_half_the_products():

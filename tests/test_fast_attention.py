@@ -503,7 +503,7 @@ def test_unidirectional_attention_needs_as_many_keys():
 @pytest.mark.parametrize('make', [SOFTMAX, GENERALIZED])
 @pytest.mark.filterwarnings('ignore:renormalize_attention')
 def test_dtype(make, renormalize):
-    """float32 unless asked for another; catches sums in bfloat16, which would be off by 10%."""
+    """float32 unless asked for another; catches a dtype that is taken and ignored."""
     attend = jax.jit(make(renormalize_attention=renormalize), static_argnames='dtype')
     arrays = [jnp.asarray(x, jnp.bfloat16) for x in inputs()]
     full = attend(*arrays)

@@ -6,14 +6,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from jax.test_util import check_grads
 
 from performer_vit import linear_attention as la
 from performer_vit.errors import BadInput
 
-properties = functools.partial(settings, deadline=None, derandomize=True)
+# The same few examples on every run. A failing one is not made smaller: every try is compiled.
+properties = functools.partial(
+    settings, deadline=None, derandomize=True, database=None, phases=[Phase.generate]
+)
 
 
 def project(x, num_features):
@@ -54,10 +57,19 @@ def trigonometric(x, xp):
     return la.LogFeatures(half_square(x), xp.concatenate([xp.cos(u), xp.sin(u)], axis=-1))
 
 
-MAPS = {function.__name__: function for function in (
-    positive, signed, log_positive, log_signed, trigonometric
-)}  # fmt: skip
-KINDS = tuple(MAPS)
+def log_itself(x, xp):
+    return la.LogFeatures(x)
+
+
+MAPS = {
+    'positive': positive,
+    'signed': signed,
+    'log_positive': log_positive,
+    'log_signed': log_signed,
+    'trigonometric': trigonometric,
+    'log_itself': log_itself,
+}
+KINDS = tuple(kind for kind in MAPS if kind != 'log_itself')
 SIGNED = ('signed', 'log_signed', 'trigonometric')
 
 
@@ -98,8 +110,8 @@ def pairs(num_queries, num_keys, key_mask=None, segment_ids=None, causal=False):
     return mask
 
 
-def normal(*shape, seed=0, scale=1.0):
-    return (scale * np.random.default_rng(seed).normal(size=shape)).astype(np.float32)
+def normal(*shape, seed=0):
+    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
 
 
 def inputs(batch=(2,), num_queries=11, num_keys=11, heads=4, groups=2, dim=3, size=2, seed=0):
@@ -230,6 +242,9 @@ def test_segments_are_sequences_run_apart(form):
     assert_close(packed, np.asarray(expected, np.float64).reshape(packed.shape))
 
 
+runs = jax.jit(la.runs)
+
+
 @properties(max_examples=50)
 @given(st.lists(st.integers(-1, 2), min_size=1, max_size=12))
 def test_runs_count_changes(ids):
@@ -239,10 +254,7 @@ def test_runs_count_changes(ids):
         expected.append(expected[-1] + (before != after))
     # Not compiled anew for every length.
     padded = np.array(ids + ids[-1:] * (12 - len(ids)))
-    np.testing.assert_array_equal(RUNS(padded)[: len(ids)], expected)
-
-
-RUNS = jax.jit(la.runs)
+    np.testing.assert_array_equal(runs(padded)[: len(ids)], expected)
 
 
 @pytest.mark.parametrize('form', ['all', 'causal'])
@@ -491,11 +503,7 @@ def on_devices(how, function):
 @pytest.mark.parametrize('form', ['all', 'causal'])
 @pytest.mark.parametrize(
     ('how', 'kind'),
-    [
-        ('pmap', 'log_positive'),
-        ('shard_map', 'signed'),
-        ('shard_map', 'trigonometric'),
-    ],
+    [('pmap', 'log_positive'), ('shard_map', 'signed'), ('shard_map', 'trigonometric')],
 )
 def test_splitting_over_devices(how, form, kind):
     """Outputs and gradients of a sequence on four devices are those of the sequence on one.
@@ -745,13 +753,6 @@ def extreme_inputs(scale):
     return tuple(x.astype(np.float32) for x in (query, key, value))
 
 
-def itself(x, xp):
-    return la.LogFeatures(x)
-
-
-MAPS['itself'] = itself
-
-
 @pytest.mark.parametrize('form', ['quadratic', 'all', 'states'])
 def test_extreme_features_are_exact(monkeypatch, form):
     """|log φ| up to 10⁵ where float32 ends at e^88, forward and backward.
@@ -760,7 +761,7 @@ def test_extreme_features_are_exact(monkeypatch, form):
     over too much: over all keys, say, and not those of one feature.
     """
     cotangent = normal(2, 11, 4, 2)
-    given = options('itself') | {'block_size': None if form == 'quadratic' else 4}
+    given = options('log_itself') | {'block_size': None if form == 'quadratic' else 4}
     function = la.linear_attention
     if form == 'quadratic':
         monkeypatch.setattr(la, '_quadratic_is_cheaper', lambda inputs: True)
@@ -775,7 +776,7 @@ def test_extreme_features_are_exact(monkeypatch, form):
     mask = pairs(11, 11, causal=form == 'states')
     for scale in (30, 1e3, 1e5):
         arrays = extreme_inputs(scale)
-        expected = reference_gradients('itself', cotangent, mask, *arrays)
+        expected = reference_gradients('log_itself', cotangent, mask, *arrays)
         assert_close(run(*arrays), expected)
 
 
@@ -789,7 +790,7 @@ def test_extreme_features_in_chunks(scale, size):
     cut, arrays = 6, extreme_inputs(scale)
     cotangent = size * normal(2, 11, 4, 2)
     mask = np.ones((2, 11), bool)
-    output, gradients = with_gradients('causal', 'itself', 4)(cotangent, mask, *arrays)
+    output, gradients = with_gradients('causal', 'log_itself', 4)(cotangent, mask, *arrays)
     value = arrays[2]
     for n in range(11):
         # Averages of the values so far.
@@ -800,10 +801,10 @@ def test_extreme_features_in_chunks(scale, size):
     changed = [x.copy() for x in arrays]
     for x in changed:
         x[:, cut:] = -x[:, cut:]
-    new_output, _ = with_gradients('causal', 'itself', 4)(cotangent, mask, *changed)
+    new_output, _ = with_gradients('causal', 'log_itself', 4)(cotangent, mask, *changed)
     np.testing.assert_array_equal(new_output[:, :cut], output[:, :cut])
     if scale == 30:
-        expected = reference_gradients('itself', cotangent, pairs(11, 11, causal=True), *arrays)
+        expected = reference_gradients('log_itself', cotangent, pairs(11, 11, causal=True), *arrays)
         assert_close((output, gradients), expected)
 
 
@@ -835,7 +836,7 @@ def test_scales_cancel(form, shift):
     rng = np.random.default_rng(5)
     by_feature = np.round(rng.uniform(-shift, shift, (2, 1, 2, 6)))
     by_query = np.round(rng.uniform(-shift, shift, (2, 11, 4, 1)))
-    given = options('itself') | {'block_size': 4}
+    given = options('log_itself') | {'block_size': 4}
     function = {
         'all': la.linear_attention,
         'states': functools.partial(decode, prompt=5, tokens=1),
@@ -932,7 +933,7 @@ def test_both_orders_give_the_same(monkeypatch, is_cheaper, kind):
 
 @pytest.mark.parametrize(
     ('num_tokens', 'num_features', 'quadratic'),
-    [(8, 64, True), (64, 8, False), (16, 16, True), (256, 64, False)],
+    [(8, 64, True), (64, 8, False), (19, 24, True), (20, 24, False)],
 )
 def test_the_cheaper_order_is_taken(num_tokens, num_features, quadratic):
     """D = 16, by counting products: N²(R + D + 1) against 2N·R·(D + 1) a head.
@@ -946,7 +947,7 @@ def test_the_cheaper_order_is_taken(num_tokens, num_features, quadratic):
     value = np.ones((num_tokens, 1, size), np.float32)
     jaxpr = str(jax.make_jaxpr(la.linear_attention)(query, query, value))
     is_quadratic = f'{num_tokens},{num_tokens}]' in jaxpr
-    assert is_quadratic == quadratic or num_tokens == num_features
+    assert is_quadratic == quadratic
 
 
 # Under any mask.
