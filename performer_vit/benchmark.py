@@ -9,7 +9,6 @@ Contenders of one run alternate round by round, because a machine's speed drifts
 medians over the rounds with the lowest and the highest beside them.
 """
 
-import contextlib
 import dataclasses
 import functools
 import itertools
@@ -17,7 +16,7 @@ import pathlib
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 
 import jax
 from absl import app, flags, logging
@@ -32,7 +31,6 @@ from performer_vit import (
     exact_attention,
     figures,
     input_pipeline,
-    linear_attention,
     linear_attention,
     predict,
     progress,
