@@ -47,6 +47,9 @@ def peak_memory(name: str, length: int, num_features: int | None, is_causal: boo
       name, is_causal: see `attention_contenders.make_call`.
       length: N.
       num_features: R; None for the exact ones.
+
+    Raises:
+      BadInput: the process failed, as where there is not enough memory.
     """
     arguments = json.dumps([name, length, num_features, is_causal])
     process = subprocess.run(
@@ -54,8 +57,13 @@ def peak_memory(name: str, length: int, num_features: int | None, is_causal: boo
         env=os.environ | _ENVIRONMENT,
         stdout=subprocess.PIPE,
         text=True,
-        check=True,
     )
+    if process.returncode:
+        raise BadInput(
+            f'the process that measures {name} at N = {length:,} ended with exit code '
+            f'{process.returncode}; it may have run out of memory. Lower --quadratic_limit, or '
+            'leave out that length.'
+        )
     return int(process.stdout)
 
 

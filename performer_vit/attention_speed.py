@@ -76,8 +76,9 @@ def study(
       over the rounds; for our kernels `time_ratios`, our time over another's in the same round.
       Operations are those of the algorithm without masks, even where a kernel multiplies in another
       order or more than that; `fraction_of_peak_recomputing` also counts those that our kernels do
-      twice where they work in blocks, as they do at all but the smallest sizes. `crossovers` has `crossover` of each of our linear kernels, R and pass against the
-      fastest exact attention. `memory` has `peak_bytes` of the pass 'gradient'.
+      twice where they work in blocks, as they do at all but the smallest sizes. `crossovers` has
+      `crossover` of each of our linear kernels, R and pass against the fastest exact attention.
+      `memory` has `peak_bytes` of the pass 'gradient'.
 
     Raises:
       BadInput: a number that is not allowed or is there twice; `peers` that are not installed;

@@ -17,7 +17,8 @@ order are there too.
 import functools
 import math
 import numbers
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -230,6 +231,7 @@ class _Sight(NamedTuple):
     runs: jax.Array | None  # [B, N], in whole blocks
     batch: jax.Array  # index along B
     head: jax.Array  # and along G
+    zero: jax.Array  # what is added to the indices of blocks, see `_over_heads`
 
 
 def _attend_in_blocks(
@@ -262,19 +264,24 @@ def _attend_in_blocks(
         runs = jnp.pad(runs, ((0, 0), (0, max(blocks.whole) - blocks.num_queries)))
     indices = np.indices((math.prod(batch), num_groups), np.int32).reshape(2, -1)
 
-    def attend(query, key, value, batch, head):
-        return _attend_head(query, key, value, _Sight(mask, runs, batch, head), blocks)[0]
+    def attend(query, key, value, batch, head, zero):
+        return _attend_head(query, key, value, _Sight(mask, runs, batch, head, zero), blocks)[0]
 
     output = _over_heads(attend, query, key, value, *indices)
     output = output.reshape(*batch, num_heads, blocks.whole[0], -1)
     return output[..., : blocks.num_queries, :].astype(value_dtype)
 
 
-def _over_heads(function, *arrays: jax.Array) -> jax.Array:
-    """One head after the other leaves a CPU's cache to its blocks; an accelerator is filled."""
+def _over_heads(attend: Callable[..., jax.Array], *arrays: jax.Array) -> jax.Array:
+    """One head after the other leaves a CPU's cache to its blocks; an accelerator is filled.
+
+    What depends on no head, as a mask that all share, JAX takes out of a loop over heads that it
+    differentiates, and computes it for all pairs of blocks in advance: at O(N·M) memory. So `attend`
+    gets a 0 last, which depends on the head there, to add to the indices of blocks.
+    """
     if jax.default_backend() == 'cpu':
-        return jax.lax.map(lambda slices: function(*slices), arrays)
-    return jax.vmap(function)(*arrays)
+        return jax.lax.map(lambda slices: attend(*slices, 0 * slices[-1]), arrays)
+    return jax.vmap(lambda *slices: attend(*slices, np.int32(0)))(*arrays)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(4,))
@@ -316,7 +323,7 @@ def _attend_head(
         jnp.zeros(statistics, dtype),
         jnp.zeros((*query.shape[:-1], value.shape[-2]), dtype),
     )
-    largest, total, output = _over_pairs(add, carry, blocks, query.shape[0])
+    largest, total, output = _over_pairs(add, carry, sight, blocks, query.shape[0])
     # A row that saw nothing has summed hidden keys with weight exp(lowest - lowest) = 1.
     empty = largest == _lowest(dtype)
     total = jnp.where(empty, 1, total)
@@ -352,18 +359,22 @@ def _attend_head_jvp(blocks, primals, tangents):
         return tuple(x.at[row].add(y) for x, y in zip(carry, again(pair, has_edge), strict=True))
 
     carry = (jnp.zeros_like(output), jnp.zeros_like(total))
-    output_dot, total_dot = _over_pairs(add, carry, blocks, query.shape[0])
+    output_dot, total_dot = _over_pairs(add, carry, sight, blocks, query.shape[0])
     output_dot = (output_dot - output * total_dot) / total
     return (output, largest, total), (output_dot, jnp.zeros_like(largest), total_dot)
 
 
-def _over_pairs(add, carry, blocks: _Blocks, num_row_blocks: int):
-    """carry after `add(carry, pair, has_edge)` for all pairs of blocks."""
-    pairs = blocks.pairs(num_row_blocks // blocks.shape[0])
-    for some, has_edge in zip(pairs, (False, True), strict=True):
-        if len(some):
+def _over_pairs(
+    add: Callable[..., Any], carry: Any, sight: _Sight, blocks: _Blocks, num_row_blocks: int
+) -> Any:
+    """carry after `carry = add(carry, pair, has_edge)` for all pairs of blocks."""
+    all_pairs = blocks.pairs(num_row_blocks // blocks.shape[0])
+    for pairs, has_edge in zip(all_pairs, (False, True), strict=True):
+        if len(pairs):
             step = functools.partial(add, has_edge=has_edge)
-            carry, _ = jax.lax.scan(lambda c, pair, step=step: (step(c, pair), None), carry, some)
+            carry, _ = jax.lax.scan(
+                lambda carry, pair, step=step: (step(carry, pair + sight.zero), None), carry, pairs
+            )
     return carry
 
 
@@ -390,10 +401,10 @@ def _patterns(sight: _Sight, blocks: _Blocks, pair: jax.Array, has_edge: bool) -
     first_query, first_key = pair[1] * blocks.queries, pair[2] * blocks.keys
     patterns = []
     if sight.mask is not None:
-        places = (sight.batch, sight.head, pair[0], first_query, first_key)
-        sizes = (1, 1, 1, blocks.queries, blocks.keys)
         shared = [size == 1 for size in sight.mask.shape]
-        places = [0 if one else place for one, place in zip(shared, places, strict=True)]
+        places = (sight.batch, sight.head, pair[0], first_query, first_key)
+        places = [np.int32(0) if one else x for one, x in zip(shared, places, strict=True)]
+        sizes = (1, 1, 1, blocks.queries, blocks.keys)
         sizes = [1 if one else size for one, size in zip(shared, sizes, strict=True)]
         patterns.append(jax.lax.dynamic_slice(sight.mask, places, sizes)[0, 0, 0])
     if sight.runs is not None:

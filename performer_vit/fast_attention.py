@@ -232,7 +232,7 @@ def _make_attention_fn(
         query, key, value = promote_dtype(query, key, value, dtype=dtype)
         query, key, value = (_merge_tokens(x, axes) for x in (query, key, value))
         # None leaves the caller's precision alone, where the context manager would reset it.
-        name = favor._precision_name(precision)
+        name = favor.precision_name(precision)
         with jax.default_matmul_precision(name) if name else contextlib.nullcontext():
             return _split_tokens(attend(query, key, value), axes, shape)
 

@@ -523,7 +523,7 @@ def make_attention_fn(
             causal = jnp.tri(query.shape[-3], key.shape[-3], dtype=bool)
             weights['mask'] = causal if mask is None else causal & mask
         # None leaves the caller's precision alone, where the context manager would reset it.
-        name = _precision_name(precision)
+        name = precision_name(precision)
         with jax.default_matmul_precision(name) if name else contextlib.nullcontext():
             if module is not None:
                 _sow_weights(module, attention_matrix(query, key, **weights))
@@ -658,7 +658,7 @@ def _sow_weights(module: Any, weights: jax.Array) -> None:
     module.sow(collection, 'attention_weights', weights)
 
 
-def _precision_name(precision: Any) -> str | None:
+def precision_name(precision: Any) -> str | None:
     """Flax's `precision` as the name that JAX's context manager takes."""
     if isinstance(precision, tuple) and len(set(precision)) == 1:
         precision = precision[0]

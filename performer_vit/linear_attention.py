@@ -334,9 +334,9 @@ def attention_matrix(
 
     Returns:
       [..., H, N, M] float32 (float64 for float64 features): rows sum to 1, or to 0 where `mask`
-      lets no key through. Unless `signed`, a product A_nm below `SMALLEST`, for `LogFeatures` after
-      dividing each token by the largest of its own features, counts as that, so a row that may
-      attend to some key never divides by 0.
+      lets no key through or all products are 0. For `LogFeatures` that are not `signed`, a product
+      below `SMALLEST`, after dividing each token by the largest of its own features, counts as
+      that.
     """
     feature_map = feature_map or _itself
     groups = key.shape[-2]
@@ -353,7 +353,7 @@ def attention_matrix(
     if signed:
         bound = jnp.sum(jnp.abs(weights), axis=-1, keepdims=True)
         normaliser = _away_from_zero(normaliser, bound)
-    return _divide(weights, jnp.where(normaliser == 0, 1, normaliser))
+    return _divide_or_zero(weights, normaliser)
 
 
 def quadratic_attention(
@@ -846,17 +846,15 @@ def _weights(
     products: jax.Array, scales: jax.Array | None, mask: jax.Array, signed: bool
 ) -> tuple[jax.Array, jax.Array | None]:
     """Masked products times e^scales, up to e^largest of each row [..., T, 1]; and that."""
-    if scales is None and signed:
+    if scales is None:
         return jnp.where(mask, products, 0), None
     if signed:
         largest = jnp.max(jnp.where(mask, scales, LOWEST), axis=-1, keepdims=True)
         # Masked scales may be larger than the largest of the others.
         weights = products * jnp.exp(jnp.minimum(scales - largest, 0))
         return jnp.where(mask, weights, 0), largest
-    products = jnp.maximum(products, SMALLEST)
-    if scales is None:
-        return jnp.where(mask, products, 0), None
-    logs = jnp.where(mask, jnp.log(products) + scales, LOWEST)
+    logs = jnp.log(jnp.maximum(products, SMALLEST)) + scales
+    logs = jnp.where(mask, logs, LOWEST)
     largest = jax.lax.stop_gradient(jnp.max(logs, axis=-1, keepdims=True))
     return jnp.where(mask, jnp.exp(logs - largest), 0), largest
 
@@ -898,7 +896,7 @@ def _quotient(part: _Part, shape: tuple[int, int], dtype: Any) -> jax.Array:
     normaliser = values[..., -1:, :]
     if part.bound is not None:
         normaliser = _away_from_zero(normaliser, part.bound[..., None, :])
-    output = _divide(values[..., :-1, :], jnp.where(normaliser == 0, 1, normaliser))
+    output = _divide_or_zero(values[..., :-1, :], normaliser)
     return _tokens_first(output.astype(dtype), shape)
 
 
@@ -906,6 +904,12 @@ def _away_from_zero(normaliser: jax.Array, bound: jax.Array) -> jax.Array:
     floor = CANCELLED * bound
     signed_floor = jnp.where(normaliser < 0, -floor, floor)
     return jnp.where(jnp.abs(normaliser) > floor, normaliser, signed_floor)
+
+
+def _divide_or_zero(numerator: jax.Array, denominator: jax.Array) -> jax.Array:
+    """numerator / denominator; 0 where the latter is, and so is the gradient."""
+    empty = denominator == 0
+    return jnp.where(empty, 0, _divide(numerator, jnp.where(empty, 1, denominator)))
 
 
 @jax.custom_jvp

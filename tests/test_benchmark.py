@@ -140,14 +140,14 @@ def test_attention_leaves_a_table_a_file_and_a_figure(run, monkeypatch, tmp_path
     monkeypatch.setattr(timing, 'PEAK_SIZE', 64)
     monkeypatch.setattr(timing, 'TURN_SECONDS', 0)
     run(
-        'attention', '--lengths=16,32', '--num_features=4,6', '--causal', '--rounds=1',
-        '--quadratic_limit=16', f'--json={tmp_path}/study.json',
+        'attention', '--lengths=16', '--num_features=4,6', '--causal', '--rounds=1',
+        '--quadratic_limit=8', f'--json={tmp_path}/study.json',
     )  # fmt: skip
     study = workdir.read_json(tmp_path / 'study.json')
     settings = study['settings']
-    assert settings['lengths'] == [16, 32] and settings['num_features'] == [4, 6]
+    assert settings['lengths'] == [16] and settings['num_features'] == [4, 6]
     assert settings['is_causal'] and settings['rounds'] == 1
-    assert settings['quadratic_limit'] == 16
+    assert settings['quadratic_limit'] == 8
     captured = capsys.readouterr()
     assert captured.out == attention_speed.table(study) + '\n'
     assert 'jax_per_token' in captured.out and captured.out.startswith('Causal attention')

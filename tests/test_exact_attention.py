@@ -143,14 +143,13 @@ def test_against_numpy(case, sizes):
     np.testing.assert_allclose(output, expected, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize('sizes', SIZES[:2])
 @pytest.mark.parametrize('case', CASES.values(), ids=CASES)
-def test_blocks_have_the_gradient_of_one_block(case, sizes):
+def test_blocks_have_the_gradient_of_one_block(case):
     """That one is JAX's own. Catches a gradient of k or v that takes in one block or head alone."""
     arrays = inputs(case)
     keywords, _ = options(case)
     whole = gradient(arrays, **keywords, **sized(ONE_BLOCK))
-    for blocked, expected in zip(gradient(arrays, **keywords, **sized(sizes)), whole, strict=True):
+    for blocked, expected in zip(gradient(arrays, **keywords, **sized((4, 3))), whole, strict=True):
         np.testing.assert_allclose(blocked, expected, rtol=1e-4, atol=1e-5)
 
 

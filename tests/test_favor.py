@@ -191,15 +191,8 @@ def test_matrix_of_patterns_with_shared_heads(kernel, way):
     query, key, _ = tame(kernel, inputs((2,), num_queries, heads=(4, 2)))
     mask = draw_mask((2, 1, 1, M))
     given = weights(kernel)
-    matrix = favor.attention_matrix(
-        query,
-        key,
-        mask=mask,
-        is_causal=is_causal,
-        segment_ids=SEGMENT_IDS if segmented else None,
-        temperature=TEMPERATURE,
-        **given,
-    )
+    options = {'is_causal': is_causal, 'segment_ids': SEGMENT_IDS if segmented else None}
+    matrix = compiled(favor.attention_matrix, kernel, temperature=TEMPERATURE, **options)
     expected = reference.attention_matrix(
         given.pop('kernel'),
         query,
@@ -209,7 +202,7 @@ def test_matrix_of_patterns_with_shared_heads(kernel, way):
         temperature=TEMPERATURE,
         pattern=draw_pattern(num_queries, is_causal, segmented),
     )
-    np.testing.assert_allclose(matrix, expected, rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(matrix(query, key, mask=mask), expected, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -338,7 +331,8 @@ def test_outputs_stay_among_the_values(kernel, way):
     def check(query, key, mask):
         value = np.arange(4.0, dtype=np.float32).reshape(1, 4, 1, 1) ** 3 - 5
         output = np.asarray(attend(query, key, value, mask=mask))[0, :, 0, 0]
-        mask = np.broadcast_to(mask[0, 0], (3, 4)) & np.tri(3, 4, 1 if way == 'causal' else 3, dtype=bool)
+        pattern = np.tri(3, 4, 1 if way == 'causal' else 4, dtype=bool)
+        mask = np.broadcast_to(mask[0, 0], (3, 4)) & pattern
         for row, seen in zip(output, mask, strict=True):
             allowed = value[0, seen, 0, 0] if seen.any() else np.zeros(1)
             assert allowed.min() - 1e-3 <= row <= allowed.max() + 1e-3
@@ -585,7 +579,7 @@ def sharded(attend):
     """attend(query, key, value, mask) with tokens split over four devices, by `shard_map`."""
     mesh = jax.sharding.Mesh(np.array(jax.devices()[:4]), ('tokens',))
     specs = (*[jax.P(None, 'tokens')] * 3, jax.P(None, None, None, 'tokens'))
-    return jax.jit(jax.shard_map(attend, mesh=mesh, in_specs=specs, out_specs=specs[0]))
+    return jax.shard_map(attend, mesh=mesh, in_specs=specs, out_specs=specs[0])
 
 
 def mapped(attend):
@@ -632,8 +626,8 @@ def test_tokens_split_over_devices(kernel, is_causal, split):
             output = attend(*arrays, mask)
             return jnp.sum(output * cotangent), output
 
-        gradient, output = jax.grad(loss, argnums=(0, 1, 2), has_aux=True)(query, key, value)
-        return output, *gradient
+        gradient = jax.grad(loss, argnums=(0, 1, 2), has_aux=True)
+        return jax.tree.leaves(jax.jit(gradient)(query, key, value))
 
     def attend(query, key, value, mask, axis_name=None):
         return favor.favor_attention(
@@ -644,3 +638,548 @@ def test_tokens_split_over_devices(kernel, is_causal, split):
     actual = outputs(split(functools.partial(attend, axis_name='tokens')))
     for one, other in zip(actual, expected, strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize('kernel', ['softmax', 'relu'])
+def test_jit_and_vmap(kernel):
+    """Catches an axis that vmap adds taken for one of the array's, or a shape known only to jit."""
+    queries, _, _ = inputs((3, 2))
+    _, key, value = inputs((2,))
+    attend = functools.partial(favor.favor_attention, **weights(kernel))
+    expected = np.stack([expect(kernel, (query, key, value)) for query in queries])
+    mapped = jax.jit(jax.vmap(attend, in_axes=(0, None, None)))
+    np.testing.assert_allclose(mapped(queries, key, value), expected, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(attend(queries[0], key, value), expected[0], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize('is_causal', [False, True])
+@pytest.mark.parametrize('kernel', ['softmax', 'relu'])
+def test_jvp_and_checkpoint(kernel, is_causal):
+    """Both directions of derivative and a rematerialised one agree; catches a rule with but one."""
+    arrays = inputs((2,))
+    tangents = inputs((2,), scale=0.5)
+    attend = functools.partial(favor.favor_attention, is_causal=is_causal, **weights(kernel))
+
+    def loss(*arrays):
+        return jnp.sum(jnp.sin(attend(*arrays)))
+
+    gradient = jax.grad(loss, argnums=(0, 1, 2))(*arrays)
+    again = jax.grad(jax.checkpoint(loss), argnums=(0, 1, 2))(*arrays)
+    for one, other in zip(gradient, again, strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6)
+    slope = sum(np.vdot(*pair) for pair in zip(gradient, tangents, strict=True))
+    assert jax.jvp(loss, arrays, tangents)[1] == pytest.approx(slope, rel=1e-4)
+
+
+@pytest.mark.parametrize('kernel', ['softmax', 'relu'])
+def test_scan_over_layers(kernel):
+    """Three layers with their own W as one loop; catches W, or its gradient, fixed at tracing."""
+    x = inputs((2,))[0]
+    matrices = projections.gaussian(jax.random.key(2), 3 * R, D).reshape(3, R, D)
+
+    def layer(x, w):
+        return x + favor.favor_attention(x, x, x, kernel=kernel, projection=w), None
+
+    def scanned(matrices):
+        return jnp.sum(jax.lax.scan(layer, x, matrices)[0] ** 2)
+
+    def unrolled(matrices):
+        y = x
+        for w in matrices:
+            y = layer(y, w)[0]
+        return jnp.sum(y**2)
+
+    value, gradient = jax.jit(jax.value_and_grad(scanned))(matrices)
+    other_value, other_gradient = jax.value_and_grad(unrolled)(matrices)
+    assert float(value) == pytest.approx(float(other_value), rel=1e-5)
+    np.testing.assert_allclose(gradient, other_gradient, rtol=1e-3, atol=1e-4)
+
+
+# The module.
+
+
+class TwoLayers(nn.Module):
+    kernel: str = 'relu'
+    projection: str = 'orthogonal'
+    row_norms: str = 'gaussian'
+
+    @nn.compact
+    def __call__(self, x):
+        for name in ('first', 'second'):
+            x = favor.FavorAttention(
+                self.kernel, R, self.projection, self.row_norms, seed=3, name=name
+            )(x, x, x)
+        return x
+
+
+@pytest.mark.parametrize(
+    ('kernel', 'projection', 'row_norms'),
+    [
+        ('relu', 'orthogonal', 'gaussian'),
+        ('relu', 'orthogonal', 'sqrt_dim'),
+        ('relu', 'simplex', 'gaussian'),
+        ('relu', 'hadamard', 'gaussian'),
+        ('softmax_hyperbolic', 'gaussian', 'gaussian'),
+    ],
+)
+def test_projections_are_a_function_of_seed_layer_and_draw(kernel, projection, row_norms):
+    """Catches a draw from the params stream, layers that share one, and a redraw that differs."""
+    x = inputs()[0]
+    rows = R // 2 if kernel in PAIRED else R
+    model = TwoLayers(kernel, projection, row_norms)
+    variables = model.init(jax.random.key(0), x)
+    assert set(variables) == {'projections'}
+    collection = variables['projections']
+    assert jax.tree.map(jnp.shape, collection) == {
+        'first': {'matrix': (rows, D)},
+        'second': {'matrix': (rows, D)},
+    }
+    assert not np.any(collection['first']['matrix'] == collection['second']['matrix'])
+    again = jax.jit(model.init)(jax.random.key(1), x)['projections']
+    jax.tree.map(np.testing.assert_array_equal, collection, again)
+
+    @jax.jit
+    def redraw(collection, number):
+        return favor.redraw_projections(
+            collection, seed=3, draw_number=number, projection=projection, row_norms=row_norms
+        )
+
+    jax.tree.map(np.testing.assert_array_equal, collection, redraw(collection, 0))
+    redrawn = redraw(collection, 1)
+    jax.tree.map(np.testing.assert_array_equal, redrawn, redraw(redrawn, 1))
+    jax.tree.map(lambda a, b: np.testing.assert_(not np.any(a == b)), collection, redrawn)
+    # The redrawn collection is what the model then uses.
+    assert np.any(model.apply(variables, x) != model.apply({'projections': redrawn}, x))
+
+
+def test_hadamard_projection_warns_of_padding():
+    """Catches a head dimension that is no power of two and passes without a word."""
+    x = inputs((1,))[0][..., :3]
+    with pytest.warns(UserWarning, match='dim is 3, which is not a power of two'):
+        favor.FavorAttention('relu', R, 'hadamard').init(jax.random.key(0), x, x, x)
+
+
+@pytest.mark.parametrize(
+    ('kernel', 'options'),
+    [
+        ('exact', {'is_causal': True, 'temperature': TEMPERATURE}),
+        ('softmax', {}),
+        ('softmax_hyperbolic', {'is_causal': True}),
+        ('softmax_optimal', {'temperature': TEMPERATURE}),
+        ('relu', {'is_causal': True, 'temperature': TEMPERATURE}),
+        (square, {}),
+        ('ftheta', {'temperature': TEMPERATURE}),
+        ('ftheta_mixture', {}),
+    ],
+)
+def test_module_is_the_function_with_its_weights(kernel, options):
+    """Catches params out of place or not float32, and a sown map that is not the one in use."""
+    arrays = inputs((2,))
+    mask = draw_mask((2, 1, 1, M))
+    module = favor.FavorAttention(kernel, R, **options)
+    variables = jax.jit(module.init)(jax.random.key(0), *arrays, mask)
+    learnt = kernel in ('ftheta', 'ftheta_mixture')
+    projected = not learnt and kernel != 'exact'
+    assert set(variables) == ({'params'} if learnt else {'projections'} if projected else set())
+    output, state = jax.jit(functools.partial(module.apply, mutable=['intermediates']))(
+        variables, *arrays, mask
+    )
+    theta = variables['params']['theta'] if learnt else None
+    matrix = variables['projections']['matrix'] if projected else None
+    assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(variables))
+    pattern = draw_pattern(N, 'is_causal' in options, False)
+    temperature = options.get('temperature')
+    expected = reference.attention(
+        kernel, *arrays, mask, matrix, theta, pattern=pattern, temperature=temperature
+    )
+    np.testing.assert_allclose(output, expected, rtol=1e-4, atol=1e-5)
+    (attention_map,) = state['intermediates']['attention_map']
+    assert attention_map.shape == (2, H, N, M)
+    np.testing.assert_allclose(
+        np.einsum('bhnm,bmhd->bnhd', attention_map, arrays[2]), output, rtol=1e-4, atol=1e-5
+    )
+
+
+@pytest.mark.parametrize('kernel', ['exact', 'relu'])
+def test_module_takes_segments(kernel):
+    """Catches an argument that the module does not hand on, or takes for the mask."""
+    x = inputs((2,), M)[0]
+    module = favor.FavorAttention(kernel, D, 'none')
+    output = module.apply({}, x, x, x, segment_ids=SEGMENT_IDS)
+    pattern = draw_pattern(M, False, True)
+    expected = reference.attention(kernel, x, x, x, pattern=pattern)
+    np.testing.assert_allclose(output, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_module_computes_in_its_dtype():
+    """Catches a dtype that is ignored."""
+    arrays = inputs((2,))
+    module = favor.FavorAttention('ftheta', R, dtype=jnp.bfloat16)
+    output, variables = module.init_with_output(jax.random.key(0), *arrays)
+    assert output.dtype == jnp.bfloat16
+    assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(variables))
+
+
+def test_the_matrix_is_not_formed_unless_asked_for():
+    """Catches an N×M array in the ordinary linear path of the module, forward or backward."""
+    arrays = inputs((1,), 61, 67)
+    module = favor.FavorAttention('softmax', R)
+    variables = module.init(jax.random.key(0), *arrays)
+    mask = jnp.ones((1, 1, 1, 67), bool)
+
+    def loss(*x):
+        return jnp.sum(module.apply(variables, *x, mask))
+
+    text = str(jax.make_jaxpr(jax.grad(loss, argnums=(0, 1, 2)))(*arrays))
+    assert f'{H},61' in text.replace(' ', '')
+    assert '61,67' not in text
+    assert '67,61' not in text
+
+
+@pytest.mark.parametrize(
+    ('fields', 'message'),
+    [
+        ({'kernel': 'cosine'}, "kernel is 'cosine'; allowed are 'exact', 'softmax'"),
+        ({'kernel': 'relu', 'projection': 'fast'}, "is 'fast'; allowed are 'orthogonal'"),
+        ({'kernel': 'relu', 'row_norms': 'one'}, "row_norms is 'one'; allowed are 'gaussian'"),
+        ({'kernel': 'relu'}, 'num_features is 0 .* integer ≥ 1'),
+        ({'kernel': 'relu', 'num_features': -1}, 'num_features is -1'),
+        (
+            {'kernel': 'softmax_hyperbolic', 'num_features': 7},
+            "num_features is 7; kernel 'softmax_hyperbolic' .* an even number, to 8",
+        ),
+        ({'kernel': 3}, "kernel is 3; allowed are 'exact', 'softmax'"),
+        ({'kernel': 'relu', 'num_features': 4, 'temperature': 0.0}, 'temperature is 0.0'),
+        ({'kernel': 'ftheta', 'hidden': 0}, 'hidden is 0; set it to 1 or more'),
+        (
+            {'kernel': 'relu', 'projection': 'none', 'num_features': 9},
+            'num_features is 9 .* Set num_features to 0 or 4',
+        ),
+        ({'kernel': 'softmax', 'projection': 'none'}, "'softmax' with projection 'none'"),
+    ],
+)
+def test_bad_fields(fields, message):
+    """Catches a field that goes on with another meaning than the one asked for."""
+    x = inputs((1,))[0]
+    with pytest.raises(BadInput, match=message):
+        favor.FavorAttention(**fields).init(jax.random.key(0), x, x, x)
+
+
+@pytest.mark.parametrize(
+    'fields',
+    [
+        {'kernel': 'relu', 'projection': 'none'},
+        {'kernel': 'relu', 'projection': 'none', 'num_features': D},
+        {'kernel': 'ftheta'},
+        {'kernel': 'exact'},
+    ],
+)
+def test_num_features_may_be_left_out(fields):
+    """Catches a required R where the head dimension gives it."""
+    x = inputs((1,))[0]
+    output, _ = favor.FavorAttention(**fields).init_with_output(jax.random.key(0), x, x, x)
+    assert output.shape == x.shape
+
+
+Q, K, V = np.ones((2, 5, 2, 4)), np.ones((2, 7, 2, 4)), np.ones((2, 7, 2, 4))
+W = np.ones((6, 4))
+
+
+@pytest.mark.parametrize(
+    ('arrays', 'more', 'message'),
+    [
+        ((Q[0], K, V), {}, r'query has shape \(5, 2, 4\); allowed is \[batch…, tokens, heads, h'),
+        ((Q, K[0], V), {}, r'key has shape \(7, 2, 4\); allowed is \[batch…, tokens, heads, head'),
+        ((Q, K, V[0]), {}, r'value has shape \(7, 2, 4\); allowed is \[batch…, tokens, heads, h'),
+        ((Q, K[:1], V), {}, 'key has shape .* must agree in their batch axes'),
+        ((Q, np.ones((2, 7, 3, 4)), V), {}, 'key has shape .* must divide those of query'),
+        ((Q, K[:, :, :1], V), {}, 'value has 2 heads, key 1; .* same number of heads'),
+        ((Q, K[..., :3], V), {}, 'key has head dimension 3, query 4'),
+        ((Q, K, V[:, :6]), {}, 'value has 6 tokens, key 7'),
+        ((Q, K[:, :0], V[:, :0]), {}, 'value has 0 tokens, key 0'),
+        ((Q.astype(int), K, V), {}, 'query has dtype int64; allowed is a floating'),
+        ((Q, K, V), {'mask': np.ones((2, 1, 1, 7))}, 'mask has dtype float64; allowed is bool'),
+        ((Q, K, V), {'mask': np.ones((2, 7), bool)}, r'mask has shape \(2, 7\); .*5, 7\)'),
+        ((Q, K, V), {'mask': np.ones((1, 2, 1, 1, 7), bool)}, 'mask has shape'),
+        ((Q, K, V), {'kernel': 'cosine'}, "kernel is 'cosine'; allowed are 'exact', 'softmax'"),
+        ((Q, K, V), {'projection': W[:, :3]}, r'projection has shape \(6, 3\)'),
+        ((Q, K, V), {'projection': W[:0]}, r'projection has shape \(0, 4\); .* R ≥ 1'),
+        ((Q, K, V), {'kernel': 'softmax'}, "projection is None; kernel 'softmax' needs"),
+        ((Q, K, V), {'kernel': 'exact', 'projection': W}, "'exact' has none"),
+        ((Q, K, V), {'kernel': 'ftheta'}, "theta is missing for kernel 'ftheta'"),
+        ((Q, K, V), {'theta': {}}, "theta is given for kernel 'relu'"),
+        ((Q, K, V), {'temperature': 0}, 'temperature is 0; allowed is a finite number > 0'),
+        ((Q, K, V), {'temperature': float('nan')}, 'temperature is nan'),
+        ((Q, K, V), {'kernel': 'exact', 'temperature': -1.0}, 'temperature is -1.0'),
+        ((Q, K, V), {'kernel': 'exact', 'temperature': '1'}, "temperature is '1'"),
+        ((Q, K, V), {'segment_ids': SEGMENT_IDS}, r'segment_ids has shape \(7,\) .*\(2, 5\)'),
+        ((K, K, V), {'segment_ids': SEGMENT_IDS[:6]}, r'segment_ids has shape \(6,\)'),
+        ((K, K, V), {'segment_ids': SEGMENT_IDS * 1.0}, 'segment_ids has .* dtype float64'),
+        (
+            (K, K, V),
+            {'kernel': 'exact', 'segment_ids': SEGMENT_IDS[:6]},
+            r'segment_ids has shape \(6,\)',
+        ),
+        (
+            (Q, K, V),
+            {'kernel': 'softmax_optimal', 'projection': W, 'is_causal': True},
+            "'softmax_optimal' and is_causal is True; its A is computed from all keys",
+        ),
+    ],
+)
+@pytest.mark.parametrize('matrix', [False, True])
+def test_bad_arrays(arrays, more, message, matrix):
+    """Catches shapes that broadcast by accident, and float masks taken for additive ones."""
+    more = {'kernel': 'relu'} | more
+    with pytest.raises(BadInput, match=message):
+        if matrix and arrays[2] is V and 'value' not in message:
+            favor.attention_matrix(*arrays[:2], **more)
+        favor.favor_attention(*arrays, **more)
+
+
+@pytest.mark.parametrize(
+    ('arrays', 'more', 'message'),
+    [
+        ((K, Q, V[:, :5]), {'is_causal': True}, 'key has 5 tokens, fewer than the 7 of query; ca'),
+        ((K, Q, V[:, :5]), {'is_causal': True, 'kernel': 'exact'}, 'is_causal is True with 7 que'),
+        ((Q, K, V), {'block_size': 0}, 'block_size is 0'),
+        ((Q, K, V), {'block_size': 0, 'kernel': 'exact'}, 'block_size is 0'),
+        (
+            (Q, K, V),
+            {'kernel': 'exact', 'axis_name': 'i'},
+            "axis_name is 'i' with kernel 'exact'; neither",
+        ),
+        (
+            (Q, K, V),
+            {'mask': np.ones((5, 7), bool), 'axis_name': 'i'},
+            "axis_name is 'i' with kernel 'relu'; neither",
+        ),
+        (
+            (K, K, V),
+            {'segment_ids': SEGMENT_IDS, 'axis_name': 'i'},
+            'segment_ids and axis_name are given',
+        ),
+        ((Q, K, V), {'is_causal': True, 'axis_name': 'i'}, 'key has 2 tokens more .* axis_name'),
+    ],
+)
+def test_bad_patterns(arrays, more, message):
+    """Catches a pattern that is dropped where it has no meaning, and blocks of nothing."""
+    with pytest.raises(BadInput, match=message):
+        favor.favor_attention(*arrays, **{'kernel': 'relu'} | more)
+
+
+def test_bad_pieces_of_a_generation():
+    """Catches a mask that a state cannot honour, and keys without queries."""
+    state = favor.init_state(K, V, kernel='relu')
+    with pytest.raises(BadInput, match=r'mask has shape \(1, 1, 7, 7\); a state takes'):
+        favor.extend(state, K, K, V, kernel='relu', mask=np.ones((7, 7), bool))
+    with pytest.raises(BadInput, match='key has 7 tokens, query 5; extend takes'):
+        favor.extend(state, Q, K, V, kernel='relu')
+    with pytest.raises(BadInput, match="kernel is 'cosine'"):
+        favor.init_state(K, V, kernel='cosine')
+
+
+@pytest.mark.parametrize(('num_tokens', 'heads', 'warns'), [(4, 128, True), (256, 100, False)])
+def test_heads_in_the_place_of_tokens_are_warned_of(num_tokens, heads, warns):
+    """Catches attention over the heads, whose output has the right shape all the same."""
+    x = jax.ShapeDtypeStruct((2, num_tokens, heads, D), jnp.float32)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter('always')
+        jax.eval_shape(functools.partial(favor.favor_attention, kernel='relu'), x, x, x)
+    messages = [str(warning.message) for warning in caught if warning.category is UserWarning]
+    assert len(messages) == warns
+    if warns:
+        assert 'read as [batch…, tokens, heads, head_dim]: 4 tokens in 128 heads' in messages[0]
+
+
+def test_redraw_refuses_what_it_cannot_redraw():
+    """Catches a replicated state drawn as one matrix, and a model without projections."""
+    replicated = {'layer': {'matrix': jnp.ones((2, R, D))}}
+    with pytest.raises(BadInput, match=r'layer/matrix has shape \(2, 6, 4\)'):
+        favor.redraw_projections(replicated, seed=0, draw_number=1, projection='gaussian')
+    with pytest.raises(BadInput, match="projection is 'none'"):
+        favor.redraw_projections({}, seed=0, draw_number=1, projection='none')
+
+
+# The drop-in. Exact attention in Flax is the independent reference for what the modules do.
+
+
+def linen(attention_fn=nn.dot_product_attention, **fields):
+    return nn.MultiHeadDotProductAttention(num_heads=H, attention_fn=attention_fn, **fields)
+
+
+def nnx_module(attention_fn=nnx.dot_product_attention, **fields):
+    return nnx.MultiHeadAttention(
+        num_heads=H,
+        in_features=8,
+        decode=False,
+        attention_fn=attention_fn,
+        rngs=nnx.Rngs(0),
+        **fields,
+    )
+
+
+X = np.random.default_rng(2).normal(size=(2, 5, 8)).astype(np.float32)
+VALID = np.array([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]])
+FLAX_MASKS = {
+    'none': None,
+    'padding': VALID[:, None, None, :] > 0,
+    # As Flax makes it: float32, with a query axis.
+    'causal': np.asarray(nn.make_causal_mask(X[..., 0])),
+}
+
+
+@pytest.mark.parametrize('mask', FLAX_MASKS)
+def test_exact_drop_in_equals_flax(mask):
+    """Catches arguments passed in another order or meaning than Flax's, in both APIs."""
+    mask = FLAX_MASKS[mask]
+    fn = favor.make_attention_fn('exact')
+    variables = linen().init(jax.random.key(0), X)
+    np.testing.assert_allclose(
+        jax.jit(linen(fn).apply)(variables, X, mask=mask),
+        linen().apply(variables, X, mask=mask),
+        rtol=1e-5,
+        atol=1e-6,
+    )
+    np.testing.assert_allclose(
+        nnx.jit(nnx_module(fn))(X, mask=mask), nnx_module()(X, mask=mask), rtol=1e-5, atol=1e-6
+    )
+
+
+@pytest.mark.parametrize('kernel', ['softmax', 'softmax_hyperbolic', 'relu', square])
+def test_drop_in_attends_with_its_matrix(kernel):
+    """First called under a trace, then outside; catches a leaked tracer and a matrix per call."""
+    arrays = inputs((2,))
+    fn = favor.make_attention_fn(kernel, R, 'gaussian', 4, 9, temperature=TEMPERATURE)
+    mask = np.arange(M) < 5
+    w = projections.draw(4, 9, 0, R // 2 if kernel in PAIRED else R, D, 'gaussian')
+    expected = reference.attention(kernel, *arrays, mask, w, temperature=TEMPERATURE)
+    traced = jax.jit(jax.value_and_grad(lambda *x: jnp.sum(fn(*x, mask=mask))))(*arrays)[0]
+    np.testing.assert_allclose(traced, expected.sum(), rtol=1e-4)
+    np.testing.assert_allclose(fn(*arrays, mask=mask), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_drop_in_approximates_flax():
+    """R = 4,096 in Flax's modules, jitted, is within 0.05 of their own attention."""
+    fn = favor.make_attention_fn('softmax', 4096)
+    x, mask = 0.5 * X, FLAX_MASKS['padding']
+    variables = linen().init(jax.random.key(0), x)
+    difference = jax.jit(linen(fn).apply)(variables, x, mask=mask) - linen().apply(
+        variables, x, mask=mask
+    )
+    assert np.max(np.abs(difference)) < 0.05
+    difference = nnx.jit(nnx_module(fn))(x, mask=mask) - nnx_module()(x, mask=mask)
+    assert np.max(np.abs(difference)) < 0.05
+
+
+def test_causal_option_of_nnx():
+    """Catches is_causal swallowed, alone or with a mask, and another alignment than Flax's."""
+    fn = favor.make_attention_fn('exact')
+    for mask in (None, FLAX_MASKS['padding']):
+        causal = nnx_module(fn)(X, mask=mask, is_causal=True)
+        both = FLAX_MASKS['causal'] * (1 if mask is None else mask)
+        np.testing.assert_allclose(causal, nnx_module()(X, mask=both), rtol=1e-5, atol=1e-6)
+    query, key, value = inputs((2,))
+    arrays = query, key, value[..., :D]
+    np.testing.assert_allclose(
+        fn(*arrays, is_causal=True),
+        nnx.dot_product_attention(*arrays, is_causal=True),
+        rtol=1e-5,
+        atol=1e-6,
+    )
+
+
+@pytest.mark.parametrize('kernel', ['softmax', 'relu'])
+def test_causal_drop_in_is_linear(kernel):
+    """Catches is_causal as a mask of N×N, forward or backward, or padding lost beside it."""
+    fn = favor.make_attention_fn(kernel, R)
+    padding = FLAX_MASKS['padding']
+    np.testing.assert_allclose(
+        nnx_module(fn)(X, mask=padding, is_causal=True),
+        nnx_module(fn)(X, mask=FLAX_MASKS['causal'] * padding),
+        rtol=1e-4,
+        atol=1e-5,
+    )
+    module = nnx_module(fn)
+    x = jax.ShapeDtypeStruct((2, 130, 8), jnp.float32)
+    text = str(jax.make_jaxpr(jax.grad(lambda x: jnp.sum(module(x, is_causal=True))))(x))
+    assert f'130,{H}' in text.replace(' ', '')
+    assert '130,130' not in text.replace(' ', '')
+
+
+def test_weights_are_sown_on_request():
+    """Catches sow_weights swallowed; rows of the sown matrix sum to 1."""
+    fn = favor.make_attention_fn('relu', R)
+    variables = linen().init(jax.random.key(0), X)
+    _, state = linen(fn).apply(variables, X, sow_weights=True, mutable=['intermediates'])
+    module = nnx_module(fn)
+    module(X, sow_weights=True)
+    for sown in (
+        state['intermediates']['attention_weights'][0],
+        nnx.pop(module, nnx.Intermediate)['attention_weights'].get_value()[0],
+    ):
+        assert sown.shape == (2, H, 5, 5)
+        np.testing.assert_allclose(np.sum(sown, axis=-1), 1, rtol=1e-5)
+
+
+def test_dropout_of_weights_is_refused_in_training_alone():
+    """Catches dropout that silently does nothing."""
+    fn = favor.make_attention_fn('relu', R)
+    module = linen(fn, dropout_rate=0.1)
+    variables = module.init(jax.random.key(0), X, deterministic=True)
+    rngs = {'dropout': jax.random.key(1)}
+    with pytest.raises(BadInput, match='dropout_rate is 0.1'):
+        module.apply(variables, X, deterministic=False, rngs=rngs)
+    with pytest.raises(BadInput, match='dropout_rate is 0.1'):
+        nnx_module(fn, dropout_rate=0.1)(X, deterministic=False)
+    nnx_module(fn, dropout_rate=0.1)(X, deterministic=True)
+
+
+def test_options_that_cannot_be_honoured_are_refused():
+    """Catches an option that Flax would filter out of the call, because the function lacks it."""
+    arrays = inputs((1,))
+    fn = favor.make_attention_fn('relu', R)
+    parameters = set(inspect.signature(fn).parameters)
+    assert parameters >= set(inspect.signature(nn.dot_product_attention).parameters)
+    own = {'promote_dtype'}  # Flax's modules never pass it.
+    assert parameters >= set(inspect.signature(nnx.dot_product_attention).parameters) - own
+    for name in (
+        'bias',
+        'einsum_dot_general',
+        'qk_attn_weights_einsum',
+        'attn_weights_value_einsum',
+    ):
+        with pytest.raises(BadInput, match=f'{name} is given'):
+            fn(*arrays, **{name: jnp.ones(1)})
+    with pytest.raises(BadInput, match='precision is 3'):
+        fn(*arrays, precision=3)
+    with pytest.raises(TypeError, match='window'):
+        fn(*arrays, window=3)
+
+
+@pytest.mark.parametrize(
+    'precision',
+    ['highest', jax.lax.Precision.HIGHEST, (jax.lax.Precision.HIGHEST, jax.lax.Precision.HIGHEST)],
+)
+def test_precision_reaches_the_products(precision):
+    """Catches a precision that is taken and ignored."""
+    fn = favor.make_attention_fn('relu', R)
+    jaxpr = str(jax.make_jaxpr(lambda *x: fn(*x, precision=precision))(*inputs((1,))))
+    assert jaxpr.count('Precision.HIGHEST, Precision.HIGHEST') == jaxpr.count('dot_general[') > 0
+
+
+def test_bad_drop_in():
+    """Catches an error that comes only at the first call, and fθ without its weights."""
+    with pytest.raises(BadInput, match='FavorAttention'):
+        favor.make_attention_fn('ftheta')
+    with pytest.raises(BadInput, match="kernel is 'Softmax'"):
+        favor.make_attention_fn('Softmax')
+    with pytest.raises(BadInput, match="'softmax' with projection 'none'"):
+        favor.make_attention_fn('softmax', projection='none')
+    arrays = inputs((1,))
+    with pytest.raises(BadInput, match='num_features is 7; .* an even number'):
+        favor.make_attention_fn('softmax_trigonometric', 7)(*arrays)
+    with pytest.raises(BadInput, match='num_features is 0'):
+        favor.make_attention_fn('softmax', 0)(*arrays)
+    with pytest.raises(BadInput, match='temperature is -1'):
+        favor.make_attention_fn('relu', R, temperature=-1)(*arrays)
