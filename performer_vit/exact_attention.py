@@ -231,7 +231,6 @@ class _Sight(NamedTuple):
     runs: jax.Array | None  # [B, N], in whole blocks
     batch: jax.Array  # index along B
     head: jax.Array  # and along G
-    zero: jax.Array  # what is added to the indices of blocks, see `_over_heads`
 
 
 def _attend_in_blocks(
@@ -262,10 +261,10 @@ def _attend_in_blocks(
         runs = jnp.broadcast_to(_runs(segment_ids), (*batch, blocks.num_queries))
         runs = runs.reshape(-1, blocks.num_queries)
         runs = jnp.pad(runs, ((0, 0), (0, max(blocks.whole) - blocks.num_queries)))
-    indices = np.indices((math.prod(batch), num_groups), np.int32).reshape(2, -1)
+    indices = jnp.indices((math.prod(batch), num_groups), jnp.int32).reshape(2, -1)
 
-    def attend(query, key, value, batch, head, zero):
-        return _attend_head(query, key, value, _Sight(mask, runs, batch, head, zero), blocks)[0]
+    def attend(query, key, value, batch, head):
+        return _attend_head(query, key, value, _Sight(mask, runs, batch, head), blocks)[0]
 
     output = _over_heads(attend, query, key, value, *indices)
     output = output.reshape(*batch, num_heads, blocks.whole[0], -1)
@@ -273,15 +272,10 @@ def _attend_in_blocks(
 
 
 def _over_heads(attend: Callable[..., jax.Array], *arrays: jax.Array) -> jax.Array:
-    """One head after the other leaves a CPU's cache to its blocks; an accelerator is filled.
-
-    What depends on no head, as a mask that all share, JAX takes out of a loop over heads that it
-    differentiates, and computes it for all pairs of blocks in advance: at O(N·M) memory. So `attend`
-    gets a 0 last, which depends on the head there, to add to the indices of blocks.
-    """
+    """One head after the other leaves a CPU's cache to its blocks; an accelerator is filled."""
     if jax.default_backend() == 'cpu':
-        return jax.lax.map(lambda slices: attend(*slices, 0 * slices[-1]), arrays)
-    return jax.vmap(lambda *slices: attend(*slices, np.int32(0)))(*arrays)
+        return jax.lax.map(lambda slices: attend(*slices), arrays)
+    return jax.vmap(attend)(*arrays)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(4,))
@@ -323,7 +317,7 @@ def _attend_head(
         jnp.zeros(statistics, dtype),
         jnp.zeros((*query.shape[:-1], value.shape[-2]), dtype),
     )
-    largest, total, output = _over_pairs(add, carry, sight, blocks, query.shape[0])
+    largest, total, output = _over_pairs(add, carry, query, blocks)
     # A row that saw nothing has summed hidden keys with weight exp(lowest - lowest) = 1.
     empty = largest == _lowest(dtype)
     total = jnp.where(empty, 1, total)
@@ -359,21 +353,26 @@ def _attend_head_jvp(blocks, primals, tangents):
         return tuple(x.at[row].add(y) for x, y in zip(carry, again(pair, has_edge), strict=True))
 
     carry = (jnp.zeros_like(output), jnp.zeros_like(total))
-    output_dot, total_dot = _over_pairs(add, carry, sight, blocks, query.shape[0])
+    output_dot, total_dot = _over_pairs(add, carry, query, blocks)
     output_dot = (output_dot - output * total_dot) / total
     return (output, largest, total), (output_dot, jnp.zeros_like(largest), total_dot)
 
 
-def _over_pairs(
-    add: Callable[..., Any], carry: Any, sight: _Sight, blocks: _Blocks, num_row_blocks: int
-) -> Any:
-    """carry after `carry = add(carry, pair, has_edge)` for all pairs of blocks."""
-    all_pairs = blocks.pairs(num_row_blocks // blocks.shape[0])
+def _over_pairs(add: Callable[..., Any], carry: Any, query: jax.Array, blocks: _Blocks) -> Any:
+    """carry after `carry = add(carry, pair, has_edge)` for all pairs of blocks.
+
+    What depends on no input that changes, as a mask, JAX takes out of a loop over heads or layers
+    that it differentiates, and computes for all pairs in advance: at O(N·M) memory. So the indices
+    of blocks are made to depend on the query.
+    """
+    first = jax.lax.stop_gradient(query[0, 0, 0])
+    _, zero = jax.lax.optimization_barrier((first, np.int32(0)))
+    all_pairs = blocks.pairs(query.shape[0] // blocks.shape[0])
     for pairs, has_edge in zip(all_pairs, (False, True), strict=True):
         if len(pairs):
             step = functools.partial(add, has_edge=has_edge)
             carry, _ = jax.lax.scan(
-                lambda carry, pair, step=step: (step(carry, pair + sight.zero), None), carry, pairs
+                lambda carry, pair, step=step: (step(carry, pair + zero), None), carry, pairs
             )
     return carry
 

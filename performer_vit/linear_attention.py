@@ -222,8 +222,8 @@ def init_state(key: Any, value: Any, feature_map: FeatureMap | None = None) -> S
     Returns:
       A `State` for `absorb`, `read` and `extend`: zeros.
     """
-    log_value = _feature_shapes(feature_map or _itself, key)
-    return _zeros(key.shape[:-3], key.shape[-2], value.shape[-1], log_value)
+    shapes = _feature_shapes(_in_float32(feature_map), key)
+    return _zeros(value, shapes)
 
 
 def absorb(
@@ -338,7 +338,7 @@ def attention_matrix(
       below `SMALLEST`, after dividing each token by the largest of its own features, counts as
       that.
     """
-    feature_map = feature_map or _itself
+    feature_map = _in_float32(feature_map)
     groups = key.shape[-2]
     queries = feature_map(_heads_first(query, groups))
     keys = feature_map(_heads_first(key, groups))
@@ -405,7 +405,7 @@ def check_segments(
         not jnp.issubdtype(segment_ids.dtype, jnp.integer)
         or key.shape[:-2] != shape
         or not _broadcasts(segment_ids, shape)
-        or segment_ids.shape[-1] != shape[-1]
+        or segment_ids.shape[-1:] != shape[-1:]
     ):
         raise BadInput(
             f'segment_ids has shape {segment_ids.shape} and dtype {segment_ids.dtype}; allowed are '
@@ -455,14 +455,18 @@ class _Plan(NamedTuple):
     key_tokens: int
 
 
-def _itself(x: jax.Array) -> jax.Array:
-    return x.astype(_accumulator(x))
+def _in_float32(feature_map: FeatureMap | None) -> FeatureMap:
+    """The map, None being the identity, with features in float32 or wider."""
+
+    def wide(x: jax.Array) -> jax.Array | LogFeatures:
+        features = x if feature_map is None else feature_map(x)
+        return jax.tree.map(lambda leaf: leaf.astype(_accumulator(leaf)), features)
+
+    return wide
 
 
 def _feature_shapes(feature_map: FeatureMap, x: Any) -> Any:
-    token = jax.ShapeDtypeStruct((1, x.shape[-1]), x.dtype)
-    # A function of its own: eval_shape keeps a weak reference, which not every callable allows.
-    return jax.eval_shape(lambda token: feature_map(token), token)
+    return jax.eval_shape(feature_map, jax.ShapeDtypeStruct((1, x.shape[-1]), x.dtype))
 
 
 def _num_features(shapes: Any) -> int:
@@ -471,9 +475,12 @@ def _num_features(shapes: Any) -> int:
     return shapes.shape[-1]
 
 
-def _zeros(batch_shape: tuple[int, ...], groups: int, dim: int, shapes: Any) -> State:
+def _zeros(value: Any, shapes: Any) -> State:
+    """An empty state for values [..., M, G, D] and features of `shapes`."""
+    batch_shape, groups, dim = value.shape[:-3], value.shape[-2], value.shape[-1]
     dtype = jax.tree.leaves(shapes)[0].dtype
-    sums = jnp.zeros((*batch_shape, groups, dim + 1, _num_features(shapes)), dtype)
+    rows = (*batch_shape, groups, dim + 1, _num_features(shapes))
+    sums = jnp.zeros(rows, jnp.promote_types(dtype, value.dtype))
     if not isinstance(shapes, LogFeatures):
         return State(sums, None)
     size = shapes.log_value.shape[-1]
@@ -481,8 +488,7 @@ def _zeros(batch_shape: tuple[int, ...], groups: int, dim: int, shapes: Any) -> 
 
 
 def _empty_state(inputs: _Inputs) -> State:
-    batch, _, groups, dim = inputs.value.shape
-    return _zeros((batch,), groups, dim, _feature_shapes(inputs.feature_map, inputs.key))
+    return _zeros(inputs.value, _feature_shapes(inputs.feature_map, inputs.key))
 
 
 def _plan(inputs: _Inputs) -> _Plan:
@@ -596,9 +602,8 @@ def _absorb_blocks(
 ) -> State:
     """Absorbs [..., M, G, D'] keys, `plan.key_tokens` at a time; state None for an empty one."""
     if state is None:
-        shapes = _feature_shapes(inputs.feature_map, key)
-        state = _zeros(key.shape[:-3], key.shape[-2], value.shape[-1], shapes)
-        state = _varying_like(state, key, value)
+        state = _zeros(value, _feature_shapes(inputs.feature_map, key))
+    state = _varying_like(state, key, value, key_mask)
     contribution = functools.partial(_contribution, inputs.feature_map)
     num_keys = key.shape[-3]
     if plan.key_tokens == num_keys:
@@ -728,7 +733,7 @@ def _attend_in_chunks(
         )
         return _join(output, num_tokens), carry[0]
 
-    state = _varying_like(state, inputs.query, inputs.key, inputs.value)
+    state = _varying_like(state, inputs.query, inputs.key, inputs.value, key_mask)
     arrays = (state, inputs.query, inputs.key, inputs.value, key_mask, runs)
     if plan.group != inputs.query.shape[0] and not looped:
         attend = _recomputed(attend)
@@ -1042,10 +1047,14 @@ def _states_before(state: State, axis_name: Any) -> State:
     return State(jnp.sum(states.sums * decay, axis=0), log_scale)
 
 
-def _varying_like(state: State, *arrays: jax.Array) -> State:
+def _varying_like(state: State, *arrays: jax.Array | None) -> State:
     """The state as `shard_map` wants a loop's carry: marked as different on every device."""
     # The sum of no entries of an array is 0, and as different between devices as the array is.
-    nothing = sum(jnp.sum(jax.lax.stop_gradient(x[..., :0])) for x in arrays)
+    nothing = sum(
+        jnp.sum(jax.lax.stop_gradient(x[..., :0]), dtype=jnp.float32)
+        for x in arrays
+        if x is not None
+    )
     return jax.tree.map(lambda x: x + nothing.astype(x.dtype), state)
 
 
@@ -1091,7 +1100,7 @@ def _prepare(
         key_mask = key_mask.reshape(-1, key.shape[-3])
     query, key, value = (x.reshape(-1, *x.shape[-3:]) for x in (query, key, value))
     return _Inputs(
-        query, key, value, key_mask, feature_map or _itself, signed, block_size, batch_shape
+        query, key, value, key_mask, _in_float32(feature_map), signed, block_size, batch_shape
     )
 
 

@@ -54,7 +54,7 @@ CASES = {
     ),
 }
 # Queries and keys of a block: even, with a remainder, and larger than the axis.
-SIZES = [(4, 3), (5, 100), (100, 2), (3, 5)]
+SIZES = [(4, 3), (3, 100), (100, 2)]
 
 
 def inputs(case=CASES['plain'], scale=1.0, dtype=np.float32):
@@ -109,20 +109,20 @@ def sized(sizes):
     return dict(zip(('block_size', 'key_block_size'), sizes, strict=True))
 
 
-def equations(jaxpr):
-    """All of a program, those of inner programs included."""
+def equations(jaxpr, times=1):
+    """All of a program, those of inner programs included, and how often each one runs."""
     for eqn in jaxpr.eqns:
-        yield eqn
+        yield eqn, times
         for parameter in jax.tree.leaves(eqn.params, is_leaf=lambda x: hasattr(x, 'jaxpr')):
             inner = getattr(parameter, 'jaxpr', parameter)
             if hasattr(inner, 'eqns'):
-                yield from equations(inner)
+                yield from equations(inner, times * eqn.params.get('length', 1))
 
 
 def largest_array(function, *arrays):
     """Elements of the largest array that a program makes."""
     jaxpr = jax.make_jaxpr(function)(*arrays).jaxpr
-    return max(v.aval.size for eqn in equations(jaxpr) for v in eqn.outvars)
+    return max(v.aval.size for eqn, _ in equations(jaxpr) for v in eqn.outvars)
 
 
 def all_gradients(function):
@@ -132,7 +132,7 @@ def all_gradients(function):
 # Values
 
 
-@pytest.mark.parametrize('sizes', [ONE_BLOCK, (None, None), *SIZES])
+@pytest.mark.parametrize('sizes', [ONE_BLOCK, *SIZES])
 @pytest.mark.parametrize('case', CASES.values(), ids=CASES)
 def test_against_numpy(case, sizes):
     """Catches a block that takes another's rows, mask or ids, or counts the keys of the padding."""
@@ -301,9 +301,11 @@ def test_the_future_changes_nothing(sizes):
 
     def run(key, value):
         function = functools.partial(attend, is_causal=True, **sized(sizes))
-        first = lambda *x: function(*x)[:, :4]  # noqa: E731
-        gradients = jax.grad(lambda *x: jnp.sum(first(*x) ** 2), argnums=(0, 1, 2))
-        return first(query, key, value), *gradients(query, key, value)
+
+        def first(*x):
+            return function(*x)[:, :4]
+
+        return first(query, key, value), *all_gradients(first)(query, key, value)
 
     noise = np.random.default_rng(5).normal(size=key.shape).astype(np.float32)
     noise[:, :seen] = 0
@@ -316,37 +318,31 @@ def test_the_future_changes_nothing(sizes):
 
 
 @pytest.mark.parametrize(
-    ('num_queries', 'num_keys', 'block_size', 'key_block_size', 'whole', 'causal'),
+    ('num_queries', 'num_keys', 'sizes', 'whole', 'causal'),
     [
-        (64, 64, 8, 8, 64, 36),
-        (64, 64, 8, 16, 32, 20),
-        (64, 128, 8, 16, 64, 52),
-        (60, 60, 16, 16, 16, 10),
+        (64, 64, (8, 8), 64, 36),
+        (64, 64, (8, 16), 32, 20),
+        (64, 128, (8, 16), 64, 52),
+        (60, 60, (16, 16), 16, 10),
+        (64, 64, (8, None), 8, 36),
     ],
 )
-def test_blocks_of_the_future_are_left_out(
-    num_queries, num_keys, block_size, key_block_size, whole, causal
-):
+def test_blocks_of_the_future_are_left_out(num_queries, num_keys, sizes, whole, causal):
     """Counted in the program, forward and backward; catches time spent on what is hidden.
 
-    Of n×n blocks n (n + 1) / 2 have something to see.
+    A pair of blocks takes two products, and five in the backward pass. Of n×n pairs n (n + 1) / 2
+    have something to see.
     """
     query, key = (jnp.ones((1, n, 1, 4)) for n in (num_queries, num_keys))
 
-    def steps(is_causal, derivative):
-        function = functools.partial(
-            ea.exact_attention,
-            is_causal=is_causal,
-            **sized((block_size, key_block_size)),
-        )
-        jaxpr = jax.make_jaxpr(derivative(function))(query, key, key).jaxpr
-        lengths = [eqn.params['length'] for eqn in equations(jaxpr) if eqn.primitive.name == 'scan']
-        return sum(lengths) - lengths.count(1)
+    def products(function):
+        jaxpr = jax.make_jaxpr(function)(query, key, key).jaxpr
+        return sum(n for eqn, n in equations(jaxpr) if eqn.primitive.name == 'dot_general')
 
-    for is_causal, expected in ((False, whole), (True, causal)):
-        forward = steps(is_causal, lambda f: f)
-        assert forward == expected
-        assert steps(is_causal, all_gradients) == 2 * expected
+    for is_causal, pairs in ((False, whole), (True, causal)):
+        function = functools.partial(ea.exact_attention, is_causal=is_causal, **sized(sizes))
+        assert products(function) == 2 * pairs
+        assert products(all_gradients(function)) == 7 * pairs
 
 
 # Memory
@@ -367,29 +363,35 @@ def test_no_more_than_a_block_of_weights_exists(masked):
     assert largest(32, 64) == 32 * 64
 
 
-@pytest.mark.parametrize('is_causal', [False, True])
-@pytest.mark.parametrize('mask', [None, 'padding', 'full'])
-def test_memory_is_linear(is_causal, mask):
-    """What the compiled gradient needs beside its arguments; catches whatever grows with N².
+@pytest.mark.parametrize(
+    ('is_causal', 'axes'),
+    [(False, None), (True, None), (False, (1, 1, 1, -1)), (True, (1, 1, -1, -1))],
+)
+def test_memory_is_linear(is_causal, axes):
+    """What two layers' compiled gradient needs beside its arguments; catches what grows with N².
 
-    A mask of N² entries counts as an argument; it is not copied.
+    A mask of N² entries is an argument; nothing like it may be there once more, though the layers,
+    which are a loop, and the heads all see the same one.
     """
 
     def needs(n):
         query = jax.ShapeDtypeStruct((1, n, 2, 4), jnp.float32)
-        shape = {None: None, 'padding': (1, 1, 1, n), 'full': (1, 1, n, n)}[mask]
-        masks = () if mask is None else (jax.ShapeDtypeStruct(shape, bool),)
+        shape = None if axes is None else [n if size == -1 else size for size in axes]
+        masks = () if axes is None else (jax.ShapeDtypeStruct(shape, bool),)
 
         def loss(q, k, v, *masks):
-            function = functools.partial(ea.exact_attention, is_causal=is_causal)
-            return jnp.sum(function(q, k, v, *masks, **sized((32, 32))) ** 2)
+            def layer(x, _):
+                x = ea.exact_attention(x, k, v, *masks, is_causal=is_causal, **sized((64, 64)))
+                return x, None
+
+            return jnp.sum(jax.lax.scan(layer, q, length=2)[0] ** 2)
 
         compiled = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).lower(query, query, query, *masks)
         return compiled.compile().memory_analysis().temp_size_in_bytes
 
     small, large, larger = needs(512), needs(1024), needs(2048)
     # A term in N² would add four times as much at the second doubling as it does at the first.
-    assert larger - large < 2.2 * (large - small)
+    assert larger - large < 2.5 * (large - small)
     assert larger < 2048 * 2048
 
 
@@ -416,7 +418,7 @@ def test_one_block_has_no_loops(monkeypatch):
 
     def loops():
         jaxpr = jax.make_jaxpr(all_gradients(ea.exact_attention))(query, query, query).jaxpr
-        return [eqn for eqn in equations(jaxpr) if eqn.primitive.name in ('scan', 'while')]
+        return [eqn for eqn, _ in equations(jaxpr) if eqn.primitive.name in ('scan', 'while')]
 
     assert loops()
     monkeypatch.setattr(ea, 'BLOCK_SIZE', sys.maxsize)
@@ -438,28 +440,28 @@ def test_transformations(transform):
     def function(query, key, value, ids):
         return ea.exact_attention(query, key, value, segment_ids=ids, **keywords)
 
-    def derivative(query, key, value, ids):
-        loss = lambda *x: jnp.sum(function(*x, ids) ** 2)  # noqa: E731
+    def derivative(function, query, key, value, ids):
+        def loss(*x):
+            return jnp.sum(function(*x, ids) ** 2)
+
         return jax.grad(loss, argnums=(0, 1, 2))(query, key, value)
 
-    expected = jax.jit(derivative)(*arrays, ids)
+    plain = functools.partial(derivative, function)
+    expected = jax.jit(plain)(*arrays, ids)
     if transform == 'vmap':
-        found = jax.jit(jax.vmap(derivative))(*arrays, ids)
+        found = jax.jit(jax.vmap(plain))(*arrays, ids)
     elif transform == 'pmap':
         split = [np.stack([x, x + 1]) for x in (*arrays, ids)]
-        found = [x[0] for x in jax.pmap(derivative, devices=jax.devices()[:2])(*split)]
+        found = [x[0] for x in jax.pmap(plain, devices=jax.devices()[:2])(*split)]
     elif transform == 'checkpoint':
-        whole, function = function, jax.checkpoint(function)
-        found = jax.jit(derivative)(*arrays, ids)
-        assert whole is not function
+        found = jax.jit(functools.partial(derivative, jax.checkpoint(function)))(*arrays, ids)
     else:
         # <gradient, direction> is the derivative of the loss along it.
         directions = tuple(np.cos(np.arange(x.size)).reshape(x.shape).astype('f') for x in arrays)
         output, tangent = jax.jvp(lambda *x: function(*x, ids), arrays, directions)
-        along = np.sum(2 * output * tangent)
+        found = [np.sum(2 * output * tangent)]
         products = [np.sum(x * y) for x, y in zip(expected, directions, strict=True)]
-        np.testing.assert_allclose(along, np.sum(products), rtol=1e-4)
-        return
+        expected = [np.sum(products)]
     for x, y in zip(found, expected, strict=True):
         np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5)
 
