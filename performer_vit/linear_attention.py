@@ -480,7 +480,8 @@ def _zeros(value: Any, shapes: Any) -> State:
     batch_shape, groups, dim = value.shape[:-3], value.shape[-2], value.shape[-1]
     dtype = jax.tree.leaves(shapes)[0].dtype
     rows = (*batch_shape, groups, dim + 1, _num_features(shapes))
-    sums = jnp.zeros(rows, jnp.promote_types(dtype, value.dtype))
+    dtype = jax.dtypes.canonicalize_dtype(jnp.promote_types(dtype, value.dtype))
+    sums = jnp.zeros(rows, dtype)
     if not isinstance(shapes, LogFeatures):
         return State(sums, None)
     size = shapes.log_value.shape[-1]
