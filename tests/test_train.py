@@ -388,7 +388,7 @@ def test_every_config_trains_two_steps(name):
     'field, value, message',
     [
         ('model.attention.kernel', 'cosine', r"kernel is 'cosine'; allowed are 'exact', 'softmax'"),
-        ('model.attention.projection', 'hadamard', r"is 'hadamard'; allowed are 'orthogonal'"),
+        ('model.attention.projection', 'fourier', r"is 'fourier'; allowed are 'orthogonal'"),
         ('model.stem', 'hybrid', r"model.stem is 'hybrid'"),
         ('model.pooling', 'max', r"model.pooling is 'max'"),
         ('model.num_heads', 3, r'model.width 16 is not divisible by model.num_heads 3'),
