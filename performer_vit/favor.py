@@ -31,6 +31,8 @@ _ELEMENTWISE = {
     'softplus': feature_maps.softplus,
     'exp': feature_maps.exp,
     'identity': feature_maps.identity,
+    # Weighed besides by the angles that `_with_angles` appends.
+    'cosine': feature_maps.relu,
 }
 _LEARNT = {
     'ftheta': feature_maps.ftheta,
@@ -47,6 +49,13 @@ KERNELS = ('exact', *_SOFTMAX_ESTIMATORS, *_ELEMENTWISE, *_LEARNT)
 # A row of W makes two features of these: e^{±w·x}, or the cosine and the sine.
 _PAIRED = ('softmax_hyperbolic', 'softmax_trigonometric')
 _SIGNED = ('softmax_trigonometric', 'identity')
+
+# What a kernel must know of the whole sequence: without it no token can be attended to.
+_WHOLE = {
+    'exact': 'all keys at once',
+    'softmax_optimal': 'all keys at once',
+    'cosine': 'the length of the whole sequence',
+}
 
 Kernel = str | Callable[[jax.Array], jax.Array]
 
@@ -76,6 +85,13 @@ def favor_attention(
     as 1/√R and grows with the norms of q and k, as the docstrings of `feature_maps` give in closed
     form. The other kernels define attentions of their own: W only samples their features.
 
+    'cosine' multiplies the products of 'relu' by cos(π (i - j) / (2L)), so that near tokens count
+    more (cosFormer: Qin et al. 2022, "cosFormer: Rethinking Softmax in Attention", arXiv
+    2202.08791): 2R features of R rows. L is max(N, M); key m is at j = m, and query n at i = n, or
+    at i = n + M - N with `is_causal`. With `axis_name` N and M count the tokens of all devices,
+    which must hold consecutive stretches in the axis's order. For bfloat16 inputs each of the two
+    factors that make a product's cosine is rounded, by 2⁻⁸ of itself.
+
     A mask whose query and head axes are 1 (or left out) hides keys from everyone, as padding needs:
     it keeps the linear time and memory, and what the hidden positions hold, NaN included, has no
     effect. So do `is_causal` and `segment_ids`. A mask with a query or head axis of its own has no
@@ -98,12 +114,12 @@ def favor_attention(
       projection: W [R, D] shared by the heads ([R/2, D] for 'softmax_hyperbolic' and
         'softmax_trigonometric'); needed by the softmax estimators, optional (None: W = I) for the
         kernels that apply a function to each element, refused by 'exact' and fθ.
-      mask: bool, broadcastable to [batch…, H, N, M] by NumPy's rules (axes aligned from the right),
-        True where a query may attend to a key; None for all.
+      mask: bool, an array or nested lists, broadcastable to [batch…, H, N, M] by NumPy's rules
+        (axes aligned from the right), True where a query may attend to a key; None for all.
       theta: weights of `feature_maps.init_theta` for 'ftheta' and 'ftheta_mixture' alone.
       is_causal: whether query n attends to the keys m ≤ n + (M - N) alone; M ≥ N.
-      segment_ids: [batch…, N] integers of packed sequences, N = M: tokens attend within their run
-        of equal ids.
+      segment_ids: [batch…, N] integers of packed sequences, an array or nested lists, N = M: tokens
+        attend within their run of equal ids.
       temperature: τ > 0 where the kernel is one of q·k/τ; None for √D.
       axis_name: of a `pmap` or `shard_map` axis along which the tokens are split, see
         `linear_attention`; not for 'exact'.
@@ -118,6 +134,7 @@ def favor_attention(
     """
     _check_weights(kernel, projection, theta, query.shape[-1])
     mask = _check_inputs(query, key, value, mask)
+    segment_ids = _as_array('segment_ids', segment_ids)
     key_mask = _key_mask(mask, key.shape[-3])
     if kernel == 'exact' or (mask is not None and key_mask is None):
         _refuse_axis(axis_name, kernel)
@@ -184,6 +201,7 @@ def attention_matrix(
     """
     _check_weights(kernel, projection, theta, query.shape[-1])
     mask = _check_inputs(query, key, key, mask)
+    segment_ids = _as_array('segment_ids', segment_ids)
     key_mask = _key_mask(mask, key.shape[-3])
     if key_mask is not None:
         key = jnp.where(key_mask[..., None, None], key, 0)
@@ -211,7 +229,8 @@ def init_state(
       key, value: arrays or `jax.ShapeDtypeStruct`s of the shapes [batch…, M, G, D] and
         [batch…, M, G, D'] that will come, M being anything.
       kernel, projection, theta, temperature: see `favor_attention`; not 'exact', whose state would
-        be all keys, and not 'softmax_optimal', whose A depends on all of them.
+        be all keys, not 'softmax_optimal', whose A depends on all of them, and not 'cosine', whose
+        L is the length that the sequence will have.
 
     Returns:
       Zeros: R×(D'+1) numbers a key head, and the stabiliser of a softmax estimator.
@@ -252,7 +271,8 @@ def extend(
       the state after them.
 
     Raises:
-      BadInput: see `init_state` and `favor_attention`.
+      BadInput: see `init_state` and `favor_attention`; also a state of other shapes than these
+        arrays and this kernel have.
     """
     options = _decoding_options(kernel, projection, theta, key.shape[-1], temperature)
     mask = _check_inputs(query, key, value, mask)
@@ -262,6 +282,7 @@ def extend(
             f'mask has shape {mask.shape}; a state takes a mask of keys alone, [batch…, 1, 1, N]. '
             'Use favor_attention for other patterns.'
         )
+    _check_state(state, key, value, kernel, options['feature_map'])
     return linear_attention.extend(
         state, query, key, value, key_mask=key_mask, block_size=block_size, **options
     )
@@ -509,7 +530,7 @@ def make_attention_fn(
                 )
         query, key, value = promote_dtype(query, key, value, dtype=dtype)
         if mask is not None:
-            mask = jnp.asarray(mask) != 0
+            mask = _as_array('mask', mask) != 0
         weights = {
             'kernel': kernel,
             'projection': matrix(query.shape[-1]),
@@ -548,6 +569,8 @@ def _prepare(
         'feature_map': _feature_map(kernel, projection, theta, temperature),
         'signed': kernel in _SIGNED,
     }
+    if kernel == 'cosine':
+        return *_with_angles(query, key, is_causal, axis_name), options
     if kernel != 'softmax_optimal':
         return query, key, options
     if is_causal:
@@ -573,6 +596,28 @@ def _prepare(
     return query, key, options
 
 
+def _with_angles(
+    query: jax.Array, key: jax.Array, is_causal: bool, axis_name: Any
+) -> tuple[jax.Array, jax.Array]:
+    """Queries and keys with two more coordinates: the cosine and the sine of their positions.
+
+    Not the positions themselves: bfloat16 has no integers beyond 256 without gaps.
+    """
+    num_queries, num_keys = query.shape[-3], key.shape[-3]
+    shard, num_shards = 0, 1
+    if axis_name is not None:
+        shard, num_shards = jax.lax.axis_index(axis_name), jax.lax.axis_size(axis_name)
+    horizon = num_shards * max(num_queries, num_keys)
+
+    def append(x: jax.Array, first: int) -> jax.Array:
+        x = jnp.asarray(x)
+        positions = first + shard * x.shape[-3] + jnp.arange(x.shape[-3])
+        angles = feature_maps.cosine_reweight(jnp.ones_like(x[..., :1]), positions, horizon)
+        return jnp.concatenate([x, angles.astype(x.dtype)], axis=-1)
+
+    return append(query, num_keys - num_queries if is_causal else 0), append(key, 0)
+
+
 def _feature_map(
     kernel: Kernel,
     projection: jax.Array | None,
@@ -592,10 +637,16 @@ def _feature_map(
             return linear_attention.LogFeatures(logs[..., None], factor)
         return linear_attention.LogFeatures(logs)
 
+    def cosine(x: jax.Array) -> jax.Array:
+        features = _ELEMENTWISE[kernel](x[..., :-2], projection, temperature=temperature)
+        return jnp.concatenate([features * x[..., -2:-1], features * x[..., -1:]], axis=-1)
+
     if callable(kernel):
         return lambda x: feature_maps.elementwise(x, projection, kernel, temperature=temperature)
     if kernel in _LEARNT:
         return lambda x: _LEARNT[kernel](x, theta, temperature=temperature)
+    if kernel == 'cosine':
+        return cosine
     if kernel in _ELEMENTWISE:
         return lambda x: _ELEMENTWISE[kernel](x, projection, temperature=temperature)
     return softmax
@@ -628,10 +679,11 @@ def _decoding_options(
     temperature: float | None,
 ) -> dict[str, Any]:
     _check_weights(kernel, projection, theta, head_dim)
-    if kernel in ('exact', 'softmax_optimal'):
+    if kernel in _WHOLE:
+        others = ', '.join(name for name in KERNELS if name not in _WHOLE)
         raise BadInput(
-            f'kernel is {kernel!r}, which needs all keys at once and has no state of fixed size. '
-            f'Choose one of the others of {", ".join(KERNELS)}.'
+            f'kernel is {kernel!r}, which needs {_WHOLE[kernel]} and has no state to continue '
+            f'from. Choose one of {others}.'
         )
     return {
         'feature_map': _feature_map(kernel, projection, theta, temperature),
@@ -786,6 +838,7 @@ def _check_inputs(
             f'value has {value.shape[-3]} tokens, key {key.shape[-3]}; both are {layout} and must '
             'have the same number of tokens, at least 1. Give a value for every key.'
         )
+    mask = _as_array('mask', mask)
     if mask is None:
         return None
     if mask.dtype != bool:
@@ -803,6 +856,43 @@ def _check_inputs(
             f'keys] = {target}. A padding mask is [batch…, 1, 1, keys].'
         )
     return mask.reshape(padded)
+
+
+def _as_array(name: str, x: Any) -> jax.Array | None:
+    """Lists as an array; arrays of JAX and NumPy as they are."""
+    if x is None or hasattr(x, 'dtype'):
+        return x
+    try:
+        return jnp.asarray(x)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise BadInput(
+            f'{name} is a {type(x).__name__} that makes no array ({error}); allowed are arrays, '
+            'nested lists of equal lengths, and None. Give one of these.'
+        ) from error
+
+
+def _check_state(
+    state: linear_attention.State,
+    key: jax.Array,
+    value: jax.Array,
+    kernel: Kernel,
+    feature_map: linear_attention.FeatureMap,
+) -> None:
+    if not isinstance(state, linear_attention.State):
+        raise BadInput(
+            f'state is a {type(state).__name__}; allowed is a State. Take it from init_state, or '
+            'from the call before.'
+        )
+    init_state = functools.partial(linear_attention.init_state, feature_map=feature_map)
+    allowed = jax.eval_shape(init_state, key, value)
+    given, allowed = (tuple(None if x is None else x.shape for x in s) for s in (state, allowed))
+    if given != allowed:
+        raise BadInput(
+            f'state has sums {given[0]} and log_scale {given[1]}; key {key.shape}, value '
+            f'{value.shape} and kernel {kernel!r} with its weights have {allowed[0]} and '
+            f'{allowed[1]}: sums are [batch…, key heads, values + 1, features]. Take the state '
+            'from init_state for the same kernel, weights and shapes.'
+        )
 
 
 def _key_mask(mask: jax.Array | None, num_keys: int) -> jax.Array | None:

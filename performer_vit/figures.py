@@ -38,6 +38,7 @@ MODEL_COLOURS = {
     'elu': '#009E73',
     'ftheta': '#CC79A7',
     'ftheta_mixture': '#56B4E9',
+    'cosine': '#F0E442',
 }
 MODEL_NAMES = {
     'exact': 'ViT',
@@ -47,6 +48,7 @@ MODEL_NAMES = {
     'elu': 'Performer-ELU',
     'ftheta': 'Performer-fθ',
     'ftheta_mixture': 'Performer-fθ-mixture',
+    'cosine': 'Performer-cosine',
 }
 # For figures of no model in particular: a grey that no model has.
 NEUTRAL = '#595959'

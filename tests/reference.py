@@ -31,7 +31,7 @@ def log_features(kernel, x, projection=None, theta=None, a=0.0, temperature=None
         return np.sqrt(1 - 4 * a) * u + a * square - half_square
     if kernel == 'exp':
         return np.clip(u, -15, 15)
-    if kernel in ('relu', 'ftheta'):
+    if kernel in ('relu', 'cosine', 'ftheta'):
         value = np.maximum(u, 0)
     elif kernel == 'gelu':
         value = u * 0.5 * (1 + np.vectorize(math.erf)(u / math.sqrt(2))) - GELU_MINIMUM
@@ -101,10 +101,12 @@ def attention_matrix(
     temperature=None,
     pattern=True,
     a=None,
+    offset=0,
 ):
     """[..., H, N, M], normalised over the keys that `mask` and `pattern` let through.
 
-    Only the mask has a say in A of FAVOR++; with `a` given, nothing has.
+    Only the mask has a say in A of FAVOR++; with `a` given, nothing has. The first query is at the
+    position `offset`, which 'cosine' alone knows of.
     """
     if kernel == 'softmax_optimal' and a is None:
         a = optimal_a(query, key, mask, temperature)
@@ -130,6 +132,10 @@ def attention_matrix(
             for x in (query, key)
         )
         logits = np.logaddexp.reduce(query_log[..., :, None, :] + key_log[..., None, :, :], axis=-1)
+    if kernel == 'cosine':
+        num_queries, num_keys = logits.shape[-2:]
+        distance = np.arange(num_queries)[:, None] + offset - np.arange(num_keys)
+        logits = logits + np.log(np.cos(np.pi / 2 * distance / max(num_queries, num_keys)))
     mask = np.broadcast_to(mask, logits.shape)
     logits = np.where(mask, logits, -np.inf)
     largest = np.max(logits, axis=-1, keepdims=True)

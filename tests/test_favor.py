@@ -41,7 +41,7 @@ POSITIVE = tuple(kernel for kernel in KERNELS if kernel not in SIGNED)
 # One kernel of each path that a mask may take.
 PATHS = ('exact', 'softmax', 'relu')
 # One of each way through favor.py; the others differ in the feature map alone.
-FAMILIES = (*PATHS, 'softmax_optimal', 'softmax_trigonometric', 'identity', 'ftheta')
+FAMILIES = (*PATHS, 'softmax_optimal', 'softmax_trigonometric', 'identity', 'ftheta', 'cosine')
 INIT_THETA = jax.jit(feature_maps.init_theta, static_argnums=(1, 2, 3), static_argnames='mixture')
 
 
@@ -134,9 +134,12 @@ def test_against_the_quadratic_reference(kernel, mask):
 
 
 @pytest.mark.parametrize('shape', [(6, 1), (1, 6)])
-@pytest.mark.parametrize('kernel', PATHS)
+@pytest.mark.parametrize('kernel', [*PATHS, 'cosine'])
 def test_one_query_or_one_key(kernel, shape):
-    """Without a projection where the kernel allows; catches axes of length 1 taken for missing."""
+    """Without a projection where the kernel allows; catches axes of length 1 taken for missing.
+
+    And an L of 'cosine' that is not the longer of the two.
+    """
     arrays = inputs((2,), *shape)
     with_projection = kernel == 'softmax'
     output = compiled(favor.favor_attention, kernel, with_projection)(*arrays)
@@ -148,7 +151,7 @@ def test_one_query_or_one_key(kernel, shape):
     ('kernel', 'is_causal', 'segmented', 'mask'),
     [
         (kernel, *way)
-        for kernel in ('exact', 'softmax')
+        for kernel in ('exact', 'softmax', 'cosine')
         for way in (
             (False, False, None),
             (False, False, 'full'),
@@ -157,15 +160,18 @@ def test_one_query_or_one_key(kernel, shape):
             (True, True, 'full'),
         )
     ]
-    + [(kernel, True, False, 'padding') for kernel in (*PATHS, *SIGNED)]
-    + [(kernel, False, True, 'padding') for kernel in (*PATHS, *SIGNED, 'softmax_optimal')],
+    + [(kernel, True, False, 'padding') for kernel in (*PATHS, *SIGNED, 'cosine')]
+    + [
+        (kernel, False, True, 'padding')
+        for kernel in (*PATHS, *SIGNED, 'softmax_optimal', 'cosine')
+    ],
 )
 def test_patterns_with_shared_heads(kernel, is_causal, segmented, mask):
     """Four query heads on two key heads, in blocks of 3 tokens; M > N but for segments, N = M.
 
     Catches a query head that reads another key head than h // (H / G), a causal pattern aligned at
     the start or one token off, segments that see each other, padding that a pattern brings back,
-    and any of them lost beside another.
+    any of them lost beside another, and positions of 'cosine' that do not follow the pattern.
     """
     num_queries = M if segmented else N
     arrays = tame(kernel, inputs((2,), num_queries, heads=(4, 2)))
@@ -175,7 +181,13 @@ def test_patterns_with_shared_heads(kernel, is_causal, segmented, mask):
     attend = compiled(
         favor.favor_attention, kernel, is_causal=is_causal, segment_ids=segment_ids, block_size=3
     )
-    expected = expect(kernel, arrays, mask, pattern=draw_pattern(num_queries, is_causal, segmented))
+    expected = expect(
+        kernel,
+        arrays,
+        mask,
+        pattern=draw_pattern(num_queries, is_causal, segmented),
+        offset=M - num_queries if is_causal else 0,
+    )
     np.testing.assert_allclose(attend(*arrays, mask=mask), expected, rtol=1e-4, atol=1e-5)
 
 
@@ -201,6 +213,7 @@ def test_matrix_of_patterns_with_shared_heads(kernel, way):
         **given,
         temperature=TEMPERATURE,
         pattern=draw_pattern(num_queries, is_causal, segmented),
+        offset=M - num_queries if is_causal else 0,
     )
     np.testing.assert_allclose(matrix(query, key, mask=mask), expected, rtol=1e-4, atol=1e-6)
 
@@ -297,6 +310,43 @@ def test_block_size_changes_nothing(kernel):
         jax.tree.leaves(loss_and_gradient(3)), jax.tree.leaves(loss_and_gradient(None)), strict=True
     ):
         np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(('dtype', 'rtol'), [(jnp.float32, 1e-5), (jnp.bfloat16, 2**-6)])
+def test_cosine_of_many_tokens_in_closed_form(dtype, rtol):
+    """Equal tokens leave the cosines; catches positions rounded to bfloat16, where 1,001 is 1,000.
+
+    Two factors at 2⁻⁸ and a sum: far less than the smallest cosine, π / 2L, would change by.
+    """
+    num_tokens = 1001
+    x = jnp.ones((1, num_tokens, 1, 2), dtype)
+    matrix = favor.attention_matrix(x, x, kernel='cosine')[0, 0]
+    position = np.arange(num_tokens)
+    expected = np.cos(np.pi / 2 * (position[:, None] - position) / num_tokens)
+    expected /= np.sum(expected, axis=-1, keepdims=True)
+    np.testing.assert_allclose(matrix, expected, rtol=rtol)
+
+
+@pytest.mark.parametrize('kernel', PATHS)
+def test_masks_and_segments_may_be_lists(kernel):
+    """Catches a list that raises a raw error, or is read as another pattern than its array."""
+    arrays = inputs((2,), M)
+    mask, full = draw_mask((2, 1, 1, M)), draw_mask((2, H, M, M))
+    given = weights(kernel)
+    for pattern in (mask, full):
+        for function, x in ((favor.favor_attention, arrays), (favor.attention_matrix, arrays[:2])):
+            np.testing.assert_array_equal(
+                function(*x, mask=pattern.tolist(), segment_ids=SEGMENT_IDS.tolist(), **given),
+                function(*x, mask=pattern, segment_ids=SEGMENT_IDS, **given),
+            )
+    if kernel != 'exact':
+        state = favor.init_state(*arrays[1:], **given)
+        for one, other in zip(
+            jax.tree.leaves(favor.extend(state, *arrays, mask=mask.tolist(), **given)),
+            jax.tree.leaves(favor.extend(state, *arrays, mask=mask, **given)),
+            strict=True,
+        ):
+            np.testing.assert_array_equal(one, other)
 
 
 # Numbers that floating point holds badly.
@@ -577,14 +627,22 @@ def test_decoding_is_causal_attention(kernel):
         assert jax.tree.map(jnp.shape, state) == jax.tree.map(jnp.shape, empty)
 
 
-@pytest.mark.parametrize('kernel', ['exact', 'softmax_optimal'])
-def test_decoding_is_refused_without_a_state_of_fixed_size(kernel):
-    """Catches an A from the keys so far alone, under which later tokens would change the past."""
+@pytest.mark.parametrize(
+    ('kernel', 'need'),
+    [
+        ('exact', 'all keys at once'),
+        ('softmax_optimal', 'all keys at once'),
+        ('cosine', 'the length of the whole sequence'),
+    ],
+)
+def test_decoding_is_refused_where_a_token_depends_on_later_ones(kernel, need):
+    """Catches an A, or an L, of the keys so far alone: later tokens would change the past."""
     given = weights(kernel)
     _, key, value = inputs((2,))
-    with pytest.raises(BadInput, match=f"kernel is '{kernel}', which needs all keys"):
+    message = f"kernel is '{kernel}', which needs {need} .* Choose one of softmax, softmax_hyper"
+    with pytest.raises(BadInput, match=message):
         favor.init_state(key, value, **given)
-    with pytest.raises(BadInput, match=f"kernel is '{kernel}', which needs all keys"):
+    with pytest.raises(BadInput, match=message):
         favor.extend(None, key, key, value, **given)
 
 
@@ -615,9 +673,12 @@ def mapped(attend):
         (sharded, 'relu', False),
         (sharded, 'relu', True),
         (sharded, 'softmax_optimal', False),
+        (sharded, 'cosine', False),
+        (sharded, 'cosine', True),
         (mapped, 'softmax', True),
         (mapped, 'relu', False),
         (mapped, 'softmax_optimal', False),
+        (mapped, 'cosine', True),
     ],
 )
 def test_tokens_split_over_devices(split, kernel, is_causal):
@@ -626,7 +687,7 @@ def test_tokens_split_over_devices(split, kernel, is_causal):
     A of 'softmax_optimal' comes from the mean of the devices' mean squares. That is the mean over
     all pairs of tokens where devices have the same mean query and key, as here, whatever their
     spread. Catches a sum that is left out or done twice, in either direction, an A of each device,
-    and a causal state that has the device's own keys in it.
+    positions that begin anew on each, and a causal state that has the device's own keys in it.
     """
     query, key, value = inputs((1,), 8, 8)
     mask = np.ones((1, 1, 1, 8), bool)
@@ -749,6 +810,7 @@ class TwoLayers(nn.Module):
         ('relu', 'orthogonal', 'sqrt_dim'),
         ('relu', 'simplex', 'gaussian'),
         ('relu', 'hadamard', 'gaussian'),
+        ('cosine', 'orthogonal', 'gaussian'),
         ('softmax_hyperbolic', 'gaussian', 'gaussian'),
     ],
 )
@@ -798,6 +860,7 @@ def test_hadamard_projection_warns_of_padding():
         ('softmax_hyperbolic', {'is_causal': True}),
         ('softmax_optimal', {'temperature': TEMPERATURE}),
         ('relu', {'is_causal': True, 'temperature': TEMPERATURE}),
+        ('cosine', {'is_causal': True, 'temperature': TEMPERATURE}),
         (square, {}),
         ('ftheta', {'temperature': TEMPERATURE}),
         ('ftheta_mixture', {}),
@@ -821,7 +884,14 @@ def test_module_is_the_function_with_its_weights(kernel, options):
     pattern = draw_pattern(N, 'is_causal' in options, False)
     temperature = options.get('temperature')
     expected = reference.attention(
-        kernel, *arrays, mask, matrix, theta, pattern=pattern, temperature=temperature
+        kernel,
+        *arrays,
+        mask,
+        matrix,
+        theta,
+        pattern=pattern,
+        temperature=temperature,
+        offset=M - N if 'is_causal' in options else 0,
     )
     np.testing.assert_allclose(output, expected, rtol=1e-4, atol=1e-5)
     (attention_map,) = state['intermediates']['attention_map']
@@ -870,7 +940,7 @@ def test_the_matrix_is_not_formed_unless_asked_for():
 @pytest.mark.parametrize(
     ('fields', 'message'),
     [
-        ({'kernel': 'cosine'}, "kernel is 'cosine'; allowed are 'exact', 'softmax'"),
+        ({'kernel': 'tanh'}, "kernel is 'tanh'; allowed are 'exact', 'softmax'"),
         ({'kernel': 'relu', 'projection': 'fast'}, "is 'fast'; allowed are 'orthogonal'"),
         ({'kernel': 'relu', 'row_norms': 'one'}, "row_norms is 'one'; allowed are 'gaussian'"),
         ({'kernel': 'relu'}, 'num_features is 0 .* integer ≥ 1'),
@@ -901,6 +971,7 @@ def test_bad_fields(fields, message):
     [
         {'kernel': 'relu', 'projection': 'none'},
         {'kernel': 'relu', 'projection': 'none', 'num_features': D},
+        {'kernel': 'cosine', 'projection': 'none'},
         {'kernel': 'ftheta'},
         {'kernel': 'exact'},
     ],
@@ -933,7 +1004,10 @@ W = np.ones((6, 4))
         ((Q, K, V), {'mask': np.ones((2, 1, 1, 7))}, 'mask has dtype float64; allowed is bool'),
         ((Q, K, V), {'mask': np.ones((2, 7), bool)}, r'mask has shape \(2, 7\); .*5, 7\)'),
         ((Q, K, V), {'mask': np.ones((1, 2, 1, 1, 7), bool)}, 'mask has shape'),
-        ((Q, K, V), {'kernel': 'cosine'}, "kernel is 'cosine'; allowed are 'exact', 'softmax'"),
+        ((Q, K, V), {'mask': [[1.0] * 7]}, 'mask has dtype float32; allowed is bool'),
+        ((Q, K, V), {'mask': [[True], [True] * 2]}, 'mask is a list that makes no array'),
+        ((Q, K, V), {'mask': 'padding'}, 'mask is a str that makes no array'),
+        ((Q, K, V), {'kernel': 'tanh'}, "kernel is 'tanh'; allowed are 'exact', 'softmax'"),
         ((Q, K, V), {'projection': W[:, :3]}, r'projection has shape \(6, 3\)'),
         ((Q, K, V), {'projection': W[:0]}, r'projection has shape \(0, 4\); .* R ≥ 1'),
         ((Q, K, V), {'kernel': 'softmax'}, "projection is None; kernel 'softmax' needs"),
@@ -947,6 +1021,9 @@ W = np.ones((6, 4))
         ((Q, K, V), {'segment_ids': SEGMENT_IDS}, r'segment_ids has shape \(7,\) .*\(2, 5\)'),
         ((K, K, V), {'segment_ids': SEGMENT_IDS[:6]}, r'segment_ids has shape \(6,\)'),
         ((K, K, V), {'segment_ids': SEGMENT_IDS * 1.0}, 'segment_ids has .* dtype float64'),
+        ((K, K, V), {'segment_ids': [0.5] * 7}, 'segment_ids has .* dtype float32'),
+        ((K, K, V), {'segment_ids': [[0], [0, 1]]}, 'segment_ids is a list that makes no array'),
+        ((K, K, V), {'segment_ids': 3}, r'segment_ids has shape \(\) and dtype int32'),
         (
             (K, K, V),
             {'kernel': 'exact', 'segment_ids': SEGMENT_IDS[:6]},
@@ -1007,8 +1084,33 @@ def test_bad_pieces_of_a_generation():
         favor.extend(state, K, K, V, kernel='relu', mask=np.ones((7, 7), bool))
     with pytest.raises(BadInput, match='key has 7 tokens, query 5; extend takes'):
         favor.extend(state, Q, K, V, kernel='relu')
-    with pytest.raises(BadInput, match="kernel is 'cosine'"):
-        favor.init_state(K, V, kernel='cosine')
+    with pytest.raises(BadInput, match="kernel is 'tanh'"):
+        favor.init_state(K, V, kernel='tanh')
+
+
+@pytest.mark.parametrize(
+    ('change', 'message'),
+    [
+        ({'batch': (3,)}, r'state has sums \(3, 2, 6, 6\) and log_scale None; key'),
+        ({'heads': (4, 4)}, r'sums \(2, 4, 6, 6\) .* have \(2, 2, 6, 6\) and None: sums are'),
+        ({'value': np.ones((2, 7, 2, 3))}, r'sums \(2, 2, 4, 6\) .* have \(2, 2, 6, 6\)'),
+        ({'projection': np.ones((5, D))}, r'sums \(2, 2, 6, 5\) .* have \(2, 2, 6, 6\)'),
+        ({'kernel': 'softmax'}, r"log_scale \(2, 2, 6\); .* 'relu' .* \(2, 2, 6, 6\) and None"),
+        ({'state': None}, 'state is a NoneType; allowed is a State'),
+        ({'state': (1, 2)}, 'state is a tuple; allowed is a State'),
+    ],
+)
+@pytest.mark.parametrize('num_tokens', [1, M])
+def test_state_of_something_else(change, message, num_tokens):
+    """Catches a state that broadcasts against other arrays, or fails deep within a contraction."""
+    arrays = inputs((2,), M)
+    given = weights('relu')
+    _, key, value = inputs(change.get('batch', (2,)), M, heads=change.get('heads', (H, H)))
+    changed = {name: change.get(name, given[name]) for name in given}
+    state = favor.init_state(key, change.get('value', value), **changed)
+    state = change.get('state', state)
+    with pytest.raises(BadInput, match=message):
+        favor.extend(state, *(x[:, :num_tokens] for x in arrays), **given)
 
 
 @pytest.mark.parametrize(('num_tokens', 'heads', 'warns'), [(4, 128, True), (256, 100, False)])
@@ -1121,7 +1223,7 @@ def test_causal_option_of_nnx():
     )
 
 
-@pytest.mark.parametrize('kernel', ['softmax', 'relu'])
+@pytest.mark.parametrize('kernel', ['softmax', 'relu', 'cosine'])
 def test_causal_drop_in_is_linear(kernel):
     """Catches is_causal as a mask of N×N, forward or backward, or padding lost beside it."""
     fn = favor.make_attention_fn(kernel, R)
