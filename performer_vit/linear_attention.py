@@ -44,17 +44,21 @@ CANCELLED = 1e-6
 # them, and must stay within float32 too.
 SMALLEST = 1e-30
 
-# Features of a block, in numbers. On a CPU 2 MiB of float32 stay in the caches while products are
-# large enough for several threads. Elsewhere a block only bounds memory, and must fill the device.
+# Features of a block, in numbers: on a CPU 2 MiB of float32 stay in the caches. Elsewhere a block
+# only bounds memory, and must fill the device.
 BLOCK_FEATURES = {'cpu': 2**19}
 BLOCK_FEATURES_ELSEWHERE = 2**26
+
+# Tokens of a block at the least: with fewer, XLA's CPU backend leaves a head's product to one
+# thread.
+BLOCK_TOKENS = 512
 
 # Tokens of a causal chunk. Its C×C products cost C·(R + D) a token where the state costs 2·R·D;
 # the measured best on a CPU, and a width that fills the matrix units of accelerators.
 CHUNK = {'cpu': 64}
 CHUNK_ELSEWHERE = 128
 
-_NUMERATORS = 'performer_vit_numerators'
+_SAVED = 'performer_vit_saved'
 
 
 class LogFeatures(NamedTuple):
@@ -89,7 +93,7 @@ class State(NamedTuple):
 class _Part(NamedTuple):
     """Unfinished output of some keys: all of it is to be multiplied by e^log_scale."""
 
-    values: jax.Array  # [..., G, D+1, T]: numerators, and the normaliser in the last row.
+    values: jax.Array  # [..., G, T, D+1]: numerators, and the normaliser in the last column.
     log_scale: jax.Array | None  # [..., G, T]
     bound: jax.Array | None  # [..., G, T], at least |normaliser|; only for signed features.
 
@@ -353,7 +357,7 @@ def attention_matrix(
     if signed:
         bound = jnp.sum(jnp.abs(weights), axis=-1, keepdims=True)
         normaliser = _away_from_zero(normaliser, bound)
-    return _divide_or_zero(weights, normaliser)
+    return _divide(weights, normaliser)
 
 
 def quadratic_attention(
@@ -497,28 +501,28 @@ def _plan(inputs: _Inputs) -> _Plan:
     batch, num_queries, heads, _ = inputs.query.shape
     num_keys, groups = inputs.key.shape[1:3]
     num_features = _num_features(_feature_shapes(inputs.feature_map, inputs.key))
-    query_limit, key_limit = (_block_size(inputs, h * num_features) for h in (heads, groups))
-    query_tokens = _even(num_queries, query_limit)
-    key_tokens = _even(num_keys, key_limit)
-    if query_tokens < num_queries or key_tokens < num_keys:
-        return _Plan(None, query_tokens, key_tokens)
-    group = _group(batch, min(query_limit // query_tokens, key_limit // key_tokens), batch)
-    return _Plan(group, query_tokens, key_tokens)
+    limits = [inputs.block_size or _block_tokens(h * num_features) for h in (heads, groups)]
+    tokens = [
+        _even(n, inputs.block_size or max(limit, BLOCK_TOKENS))
+        for n, limit in zip((num_queries, num_keys), limits, strict=True)
+    ]
+    if tokens[0] < num_queries or tokens[1] < num_keys:
+        return _Plan(None, *tokens)
+    group = min(limit // n for limit, n in zip(limits, tokens, strict=True))
+    return _Plan(_group(batch, group, batch), *tokens)
 
 
 def _chunk_plan(inputs: _Inputs) -> _Plan:
     batch, num_tokens, heads, _ = inputs.query.shape
     num_features = _num_features(_feature_shapes(inputs.feature_map, inputs.key))
     tokens = _even(num_tokens, inputs.block_size or _by_backend(CHUNK, CHUNK_ELSEWHERE))
-    limit = _block_size(dataclasses.replace(inputs, block_size=None), heads * num_features)
     unlooped = batch if tokens == num_tokens else None
-    return _Plan(_group(batch, limit // tokens, unlooped), tokens, tokens)
+    group = _block_tokens(heads * num_features) // tokens
+    return _Plan(_group(batch, group, unlooped), tokens, tokens)
 
 
-def _block_size(inputs: _Inputs, features_per_token: int) -> int:
-    if inputs.block_size is not None:
-        return inputs.block_size
-    return max(32, _by_backend(BLOCK_FEATURES, BLOCK_FEATURES_ELSEWHERE) // features_per_token)
+def _block_tokens(features_per_token: int) -> int:
+    return _by_backend(BLOCK_FEATURES, BLOCK_FEATURES_ELSEWHERE) // features_per_token
 
 
 def _by_backend(sizes: dict[str, int], elsewhere: int) -> int:
@@ -552,11 +556,11 @@ def _over_batch(function: Callable, group: int | None, arrays: tuple) -> Any:
     return jax.tree.map(lambda x: x.reshape(batch, *x.shape[2:]), results)
 
 
-# Numerators are as small as the output, and save the backward pass a product.
+# Outputs and normalisers are small, and save the backward pass a product.
 _recomputed = functools.partial(
     jax.checkpoint,
     prevent_cse=False,
-    policy=jax.checkpoint_policies.save_only_these_names(_NUMERATORS),
+    policy=jax.checkpoint_policies.save_only_these_names(_SAVED),
 )
 
 
@@ -567,11 +571,12 @@ def _attend_all(inputs: _Inputs) -> jax.Array:
 
     def attend(query, key, value, key_mask):
         state = _absorb_blocks(inputs, plan, None, key, value, key_mask)
+        state = jax.tree.map(lambda x: checkpoint_name(x, _SAVED), state)
         return _read_blocks(inputs, plan, state, query)
 
     if whole and _quadratic_is_cheaper(inputs):
         attend = functools.partial(_attend_quadratically, inputs)
-    if whole and plan.group != inputs.query.shape[0]:
+    if plan.group != inputs.query.shape[0]:
         attend = _recomputed(attend)
     arrays = (inputs.query, inputs.key, inputs.value, inputs.key_mask)
     return _over_batch(attend, plan.group, arrays)
@@ -652,7 +657,7 @@ def _attend_quadratically(
     queries = inputs.feature_map(_heads_first(query, key.shape[-2]))
     queries, query_scale = _query_features(queries, log_scale)
     products = jnp.einsum('...gtr,...gcr->...gtc', queries, features)
-    values = jnp.einsum('...gdc,...gtc->...gdt', values, products)
+    values = jnp.einsum('...gtc,...gcd->...gtd', products, values)
     bound = jnp.sum(jnp.abs(products), axis=-1) if inputs.signed else None
     part = _Part(values, query_scale, bound)
     return _quotient(part, query.shape[-3:-1], inputs.value.dtype)
@@ -742,16 +747,15 @@ def _attend_in_chunks(
 
 
 def _values(value: jax.Array, key_mask: jax.Array | None) -> jax.Array:
-    """[..., C, G, D] to [..., G, D+1, C] with a row of ones below; masked tokens are zeros.
+    """[..., C, G, D] to [..., G, C, D+1] with a column of ones behind; masked tokens are zeros.
 
-    The row makes the normaliser one more numerator. Tokens come last because XLA's products on CPUs
-    are twice as fast when it is not the leading axis of both operands that is summed over.
+    The column makes the normaliser one more numerator.
     """
-    value = jnp.moveaxis(value.astype(_accumulator(value)), -3, -1)
-    value = jnp.concatenate([value, jnp.ones_like(value[..., :1, :])], axis=-2)
+    value = jnp.swapaxes(value.astype(_accumulator(value)), -3, -2)
+    value = jnp.concatenate([value, jnp.ones_like(value[..., :1])], axis=-1)
     if key_mask is None:
         return value
-    return jnp.where(key_mask[..., None, None, :], value, 0)
+    return jnp.where(key_mask[..., None, :, None], value, 0)
 
 
 def _key_features(
@@ -795,7 +799,7 @@ def _contribution(
 ) -> tuple[jax.Array, jax.Array | None]:
     """What a block adds to the sums, times e^{-c}, and the new c."""
     features, values, log_scale = _key_features(feature_map, log_scale, key, value, key_mask)
-    return jnp.einsum('...gdc,...gcr->...gdr', values, features), log_scale
+    return jnp.einsum('...gcd,...gcr->...gdr', values, features), log_scale
 
 
 def _add(state: State, sums: jax.Array, log_scale: jax.Array | None) -> State:
@@ -824,7 +828,7 @@ def _times(scale: jax.Array, factor: jax.Array | None) -> jax.Array:
 
 def _read(state: State, queries: jax.Array | LogFeatures, signed: bool) -> _Part:
     features, log_scale = _query_features(queries, state.log_scale)
-    values = jnp.einsum('...gdr,...gtr->...gdt', state.sums, features)
+    values = jnp.einsum('...gtr,...gdr->...gtd', features, state.sums)
     bound = None
     if signed:
         norms = jnp.sqrt(jnp.sum(features * features, axis=-1))
@@ -876,7 +880,7 @@ def _pairwise(
     weights, largest = _weights(*_products(queries, keys), mask, signed)
     log_scale = None if largest is None else _query_features(queries, None)[1] + largest[..., 0]
     bound = jnp.sum(jnp.abs(weights), axis=-1) if signed else None
-    return _Part(jnp.einsum('...gdc,...gtc->...gdt', values, weights), log_scale, bound)
+    return _Part(jnp.einsum('...gtc,...gcd->...gtd', weights, values), log_scale, bound)
 
 
 def _merge(parts: list[_Part]) -> _Part:
@@ -887,7 +891,7 @@ def _merge(parts: list[_Part]) -> _Part:
         log_scale = functools.reduce(jnp.maximum, [part.log_scale for part in parts])
         factors = [jnp.exp(part.log_scale - log_scale) for part in parts]
     values = sum(
-        part.values * (factor if log_scale is None else factor[..., None, :])
+        part.values * (factor if log_scale is None else factor[..., None])
         for part, factor in zip(parts, factors, strict=True)
     )
     bound = None
@@ -898,12 +902,13 @@ def _merge(parts: list[_Part]) -> _Part:
 
 def _quotient(part: _Part, shape: tuple[int, int], dtype: Any) -> jax.Array:
     """[..., C, H, D] for `shape` (C, H): numerators over the normaliser, 0 where that is 0."""
-    values = checkpoint_name(part.values, _NUMERATORS)
-    normaliser = values[..., -1:, :]
+    normaliser = part.values[..., -1:]
     if part.bound is not None:
-        normaliser = _away_from_zero(normaliser, part.bound[..., None, :])
-    output = _divide_or_zero(values[..., :-1, :], normaliser)
-    return _tokens_first(output.astype(dtype), shape)
+        normaliser = _away_from_zero(normaliser, part.bound[..., None])
+    numerator, normaliser = (
+        _tokens_first(x, shape) for x in (part.values[..., :-1], normaliser)
+    )
+    return _divide(numerator, normaliser).astype(dtype)
 
 
 def _away_from_zero(normaliser: jax.Array, bound: jax.Array) -> jax.Array:
@@ -912,23 +917,20 @@ def _away_from_zero(normaliser: jax.Array, bound: jax.Array) -> jax.Array:
     return jnp.where(jnp.abs(normaliser) > floor, normaliser, signed_floor)
 
 
-def _divide_or_zero(numerator: jax.Array, denominator: jax.Array) -> jax.Array:
-    """numerator / denominator; 0 where the latter is, and so is the gradient."""
-    empty = denominator == 0
-    return jnp.where(empty, 0, _divide(numerator, jnp.where(empty, 1, denominator)))
-
-
 @jax.custom_jvp
 def _divide(numerator: jax.Array, denominator: jax.Array) -> jax.Array:
-    return numerator / denominator
+    """numerator / denominator; 0 where the latter is, and so is the gradient."""
+    empty = denominator == 0
+    return jnp.where(empty, 0, numerator / jnp.where(empty, 1, denominator))
 
 
 @_divide.defjvp
 def _divide_jvp(primals: tuple, tangents: tuple) -> tuple[jax.Array, jax.Array]:
     # The derivative of x / y that JAX takes has y⁻² in it, which leaves float32's range long before
     # the quotient does.
-    output = _divide(*primals)
-    return output, (tangents[0] - output * tangents[1]) / primals[1]
+    denominator = checkpoint_name(primals[1], _SAVED)
+    output = checkpoint_name(_divide(primals[0], denominator), _SAVED)
+    return output, _divide(tangents[0] - output * tangents[1], denominator)
 
 
 def _heads_first(x: jax.Array, groups: int) -> jax.Array:
@@ -939,11 +941,11 @@ def _heads_first(x: jax.Array, groups: int) -> jax.Array:
 
 
 def _tokens_first(x: jax.Array, shape: tuple[int, int]) -> jax.Array:
-    """[..., G, D, T] to [..., C, H, D] for `shape` (C, H)."""
-    *batch, groups, dim, _ = x.shape
+    """[..., G, T, D] to [..., C, H, D] for `shape` (C, H)."""
+    *batch, groups, _, dim = x.shape
     tokens, heads = shape
-    x = x.reshape(*batch, groups, dim, heads // groups, tokens)
-    return jnp.moveaxis(x, (-1, -3), (-4, -1)).reshape(*batch, tokens, heads, dim)
+    x = x.reshape(*batch, groups, heads // groups, tokens, dim)
+    return jnp.moveaxis(x, -2, -4).reshape(*batch, tokens, heads, dim)
 
 
 def _split(x: jax.Array, axis: int, tokens: int, fill: Any = 0) -> jax.Array:
@@ -989,9 +991,9 @@ def _visible(part: _Part, open_run: jax.Array | None, runs: jax.Array | None) ->
     """The part for the queries that belong to the segment `open_run`, nothing for the others."""
     if runs is None:
         return part
-    copies = part.values.shape[-1] // runs.shape[-1]
+    copies = part.values.shape[-2] // runs.shape[-1]
     visible = jnp.concatenate([runs == open_run[..., None]] * copies, axis=-1)[..., None, :]
-    values = jnp.where(visible[..., None, :], part.values, 0)
+    values = jnp.where(visible[..., None], part.values, 0)
     log_scale, bound = part.log_scale, part.bound
     if log_scale is not None:
         log_scale = jnp.where(visible, log_scale, LOWEST)
@@ -1015,14 +1017,14 @@ def _absorb_run(
         new_run = runs[..., edge]
         within = runs == new_run[..., None]
         key_mask = within if key_mask is None else within & key_mask
-        values = jnp.where(within[..., None, None, :], values, 0)
+        values = jnp.where(within[..., None, :, None], values, 0)
         goes_on = (open_run == new_run)[..., None, None]
         log_scale = state.log_scale
         if log_scale is not None:
             log_scale = jnp.where(goes_on, log_scale, LOWEST)
         state = State(jnp.where(goes_on[..., None], state.sums, 0), log_scale)
     features, log_scale = _scale_keys(features, state.log_scale, key_mask)
-    sums = jnp.einsum('...gdc,...gcr->...gdr', values, features)
+    sums = jnp.einsum('...gcd,...gcr->...gdr', values, features)
     return _add(state, sums, log_scale), new_run
 
 
