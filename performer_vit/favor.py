@@ -282,7 +282,6 @@ def extend(
             f'mask has shape {mask.shape}; a state takes a mask of keys alone, [batch…, 1, 1, N]. '
             'Use favor_attention for other patterns.'
         )
-    _check_state(state, key, value, kernel, options['feature_map'])
     return linear_attention.extend(
         state, query, key, value, key_mask=key_mask, block_size=block_size, **options
     )
@@ -869,30 +868,6 @@ def _as_array(name: str, x: Any) -> jax.Array | None:
             f'{name} is a {type(x).__name__} that makes no array ({error}); allowed are arrays, '
             'nested lists of equal lengths, and None. Give one of these.'
         ) from error
-
-
-def _check_state(
-    state: linear_attention.State,
-    key: jax.Array,
-    value: jax.Array,
-    kernel: Kernel,
-    feature_map: linear_attention.FeatureMap,
-) -> None:
-    if not isinstance(state, linear_attention.State):
-        raise BadInput(
-            f'state is a {type(state).__name__}; allowed is a State. Take it from init_state, or '
-            'from the call before.'
-        )
-    init_state = functools.partial(linear_attention.init_state, feature_map=feature_map)
-    allowed = jax.eval_shape(init_state, key, value)
-    given, allowed = (tuple(None if x is None else x.shape for x in s) for s in (state, allowed))
-    if given != allowed:
-        raise BadInput(
-            f'state has sums {given[0]} and log_scale {given[1]}; key {key.shape}, value '
-            f'{value.shape} and kernel {kernel!r} with its weights have {allowed[0]} and '
-            f'{allowed[1]}: sums are [batch…, key heads, values + 1, features]. Take the state '
-            'from init_state for the same kernel, weights and shapes.'
-        )
 
 
 def _key_mask(mask: jax.Array | None, num_keys: int) -> jax.Array | None:

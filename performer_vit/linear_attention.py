@@ -24,6 +24,7 @@ h // (H / G), and no key is copied.
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -247,8 +248,12 @@ def absorb(
 
     Returns:
       The new state.
+
+    Raises:
+      BadInput: see `linear_attention`; also a state of other arrays or features than these.
     """
     inputs = _prepare(key, key, value, feature_map, key_mask, False, block_size)
+    _check_state(state, key, value, feature_map)
     return inputs.shaped(_absorb_all(inputs, inputs.flat_state(state)))
 
 
@@ -270,12 +275,17 @@ def read(
 
     Returns:
       [..., N, H, D].
+
+    Raises:
+      BadInput: see `absorb`.
     """
+    _check_is_state(state)
     groups, rows = state.sums.shape[-3:-1]
     like = jnp.zeros((*query.shape[:-3], 1, groups, 1), query.dtype)
     key = jnp.broadcast_to(like, (*like.shape[:-1], query.shape[-1]))
     value = jnp.broadcast_to(like, (*like.shape[:-1], rows - 1)).astype(dtype or query.dtype)
     inputs = _prepare(query, key, value, feature_map, None, signed, block_size)
+    _check_state(state, key, value, feature_map)
     return inputs.shaped(_read_all(inputs, inputs.flat_state(state)))
 
 
@@ -302,7 +312,8 @@ def extend(
       state after them.
 
     Raises:
-      BadInput: see `causal_linear_attention`; also another number of keys than of queries.
+      BadInput: see `causal_linear_attention` and `absorb`; also another number of keys than of
+        queries.
     """
     inputs = _prepare(query, key, value, feature_map, key_mask, signed, block_size)
     if inputs.key.shape[1] != inputs.query.shape[1]:
@@ -310,6 +321,7 @@ def extend(
             f'key has {key.shape[-3]} tokens, query {query.shape[-3]}; extend takes the same new '
             'tokens of both. Enter earlier keys with absorb.'
         )
+    _check_state(state, key, value, feature_map)
     state = inputs.flat_state(state)
     if inputs.query.shape[1] == 1:
         state = _absorb_all(inputs, state)
@@ -799,7 +811,34 @@ def _contribution(
 ) -> tuple[jax.Array, jax.Array | None]:
     """What a block adds to the sums, times e^{-c}, and the new c."""
     features, values, log_scale = _key_features(feature_map, log_scale, key, value, key_mask)
-    return jnp.einsum('...gcd,...gcr->...gdr', values, features), log_scale
+    return _sums(values, features), log_scale
+
+
+def _sums(values: jax.Array, features: jax.Array) -> jax.Array:
+    """Σ_c v_c φ_cᵀ [..., G, D+1, R] of values [..., G, C, D+1] and features [..., G, C, R]."""
+    if _is_turned(features, values.shape[-1]):
+        values = jax.lax.optimization_barrier(jnp.swapaxes(values, -1, -2))
+        return jnp.einsum('...gdc,...gcr->...gdr', values, features)
+    return jnp.einsum('...gcd,...gcr->...gdr', values, features)
+
+
+def _numerators(features: jax.Array, sums: jax.Array) -> jax.Array:
+    """φ_t·sums [..., G, T, D+1] of features [..., G, T, R] and sums [..., G, D+1, R]."""
+    if _is_turned(features, sums.shape[-2]):
+        products = jnp.einsum('...gdr,...gtr->...gdt', sums, features)
+        return jnp.swapaxes(jax.lax.optimization_barrier(products), -1, -2)
+    return jnp.einsum('...gtr,...gdr->...gtd', features, sums)
+
+
+def _is_turned(features: jax.Array, rows: int) -> bool:
+    """Whether products take the tokens for columns instead of rows.
+
+    XLA's CPU backend shares a product between threads from 2²² multiplications a head on, by rows,
+    of which a thread takes about 2¹⁶ / R. Where that leaves all tokens to one thread, the values
+    are the better rows: twice as fast, less a transposition. It is undone without the barrier.
+    """
+    size = math.prod(features.shape[-2:])
+    return jax.default_backend() == 'cpu' and size <= 2**16 and size * rows > 2**22
 
 
 def _add(state: State, sums: jax.Array, log_scale: jax.Array | None) -> State:
@@ -828,7 +867,7 @@ def _times(scale: jax.Array, factor: jax.Array | None) -> jax.Array:
 
 def _read(state: State, queries: jax.Array | LogFeatures, signed: bool) -> _Part:
     features, log_scale = _query_features(queries, state.log_scale)
-    values = jnp.einsum('...gtr,...gdr->...gtd', features, state.sums)
+    values = _numerators(features, state.sums)
     bound = None
     if signed:
         norms = jnp.sqrt(jnp.sum(features * features, axis=-1))
@@ -905,9 +944,7 @@ def _quotient(part: _Part, shape: tuple[int, int], dtype: Any) -> jax.Array:
     normaliser = part.values[..., -1:]
     if part.bound is not None:
         normaliser = _away_from_zero(normaliser, part.bound[..., None])
-    numerator, normaliser = (
-        _tokens_first(x, shape) for x in (part.values[..., :-1], normaliser)
-    )
+    numerator, normaliser = (_tokens_first(x, shape) for x in (part.values[..., :-1], normaliser))
     return _divide(numerator, normaliser).astype(dtype)
 
 
@@ -1024,7 +1061,7 @@ def _absorb_run(
             log_scale = jnp.where(goes_on, log_scale, LOWEST)
         state = State(jnp.where(goes_on[..., None], state.sums, 0), log_scale)
     features, log_scale = _scale_keys(features, state.log_scale, key_mask)
-    sums = jnp.einsum('...gcd,...gcr->...gdr', values, features)
+    sums = _sums(values, features)
     return _add(state, sums, log_scale), new_run
 
 
@@ -1105,6 +1142,27 @@ def _prepare(
     return _Inputs(
         query, key, value, key_mask, _in_float32(feature_map), signed, block_size, batch_shape
     )
+
+
+def _check_is_state(state: Any) -> None:
+    if not isinstance(state, State) or state.sums.ndim < 3:
+        raise BadInput(
+            f'state is a {type(state).__name__}, shapes {jax.tree.map(jnp.shape, state)}; '
+            'allowed is a State. Take it from init_state, or from the call before.'
+        )
+
+
+def _check_state(state: Any, key: Any, value: Any, feature_map: FeatureMap | None) -> None:
+    _check_is_state(state)
+    allowed = jax.eval_shape(functools.partial(init_state, feature_map=feature_map), key, value)
+    given, allowed = (tuple(None if x is None else x.shape for x in s) for s in (state, allowed))
+    if given != allowed:
+        raise BadInput(
+            f'state has sums {given[0]} and log_scale {given[1]}; key {key.shape}, value '
+            f'{value.shape} and the feature map have {allowed[0]} and {allowed[1]}: sums are '
+            '[batch…, key heads, values + 1, features]. Take the state from init_state for the '
+            'same arrays and features.'
+        )
 
 
 def _broadcasts(x: jax.Array, shape: tuple[int, ...]) -> bool:

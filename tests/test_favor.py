@@ -1095,9 +1095,9 @@ def test_bad_pieces_of_a_generation():
         ({'heads': (4, 4)}, r'sums \(2, 4, 6, 6\) .* have \(2, 2, 6, 6\) and None: sums are'),
         ({'value': np.ones((2, 7, 2, 3))}, r'sums \(2, 2, 4, 6\) .* have \(2, 2, 6, 6\)'),
         ({'projection': np.ones((5, D))}, r'sums \(2, 2, 6, 5\) .* have \(2, 2, 6, 6\)'),
-        ({'kernel': 'softmax'}, r"log_scale \(2, 2, 6\); .* 'relu' .* \(2, 2, 6, 6\) and None"),
-        ({'state': None}, 'state is a NoneType; allowed is a State'),
-        ({'state': (1, 2)}, 'state is a tuple; allowed is a State'),
+        ({'kernel': 'softmax'}, r'log_scale \(2, 2, 6\); .* have \(2, 2, 6, 6\) and None'),
+        ({'state': None}, 'state is a NoneType.*; allowed is a State'),
+        ({'state': (1, 2)}, 'state is a tuple.*; allowed is a State'),
     ],
 )
 @pytest.mark.parametrize('num_tokens', [1, M])

@@ -683,6 +683,41 @@ def test_transformations():
     assert_close((value, gradient), expected, 1e-4)
 
 
+@pytest.mark.parametrize('value_size', [63, 64])
+def test_products_with_tokens_for_columns(value_size):
+    """Catches a wrong product where they are turned, or a barrier that stops a transformation.
+
+    One head of 256 tokens and features is turned from 2²² / 2¹⁶ = 64 values and one on.
+    """
+    query, key = (np.abs(normal(2, 1, 256, 1, 256, seed=seed)) for seed in (0, 1))
+    value = normal(2, 1, 256, 1, value_size)
+    assert la._is_turned(query[0, 0, :, 0], value_size + 1) == (value_size == 64)
+
+    def quotient(query, key, value, xp=np):
+        weights = query @ xp.swapaxes(key, -1, -2)
+        return weights @ value / weights.sum(axis=-1, keepdims=True)
+
+    tangents = tuple(normal(*x.shape, seed=7) for x in (query, key, value))
+    kernel = jax.vmap(la.linear_attention)
+
+    @jax.jit
+    def derivatives(primals, tangents):
+        output, tangent = jax.jvp(kernel, primals, tangents)
+        return output, tangent, jax.vjp(kernel, *primals)[1](tangents[2])
+
+    with jax.enable_x64(True):
+        heads_first = [jnp.asarray(x[..., 0, :], jnp.float64) for x in (query, key, value)]
+        directions = tuple(jnp.asarray(x[..., 0, :], jnp.float64) for x in tangents)
+        expected, tangent = jax.jvp(
+            functools.partial(quotient, xp=jnp), tuple(heads_first), directions
+        )
+        gradients = jax.vjp(functools.partial(quotient, xp=jnp), *heads_first)[1](directions[2])
+        expected = jax.tree.map(
+            lambda x: np.asarray(x)[..., None, :], (expected, tangent, gradients)
+        )
+    assert_close(derivatives((query, key, value), tangents), expected, 1e-5)
+
+
 # Rows without keys, extreme features, and cancelled normalisers.
 
 
@@ -1042,6 +1077,23 @@ BAD = {
         {'axis_name': 'tokens'},
     ),
     'key has 7 tokens, query 5; extend': (extend, (QUERY, KEY, VALUE), {}),
+    'state is a tuple': (la.absorb, ((1, 2), KEY, VALUE), {}),
+    r'state has sums \(2, 2, 2, 3\).*have \(2, 2, 4, 3\)': (
+        la.absorb,
+        (la.init_state(KEY, VALUE), KEY, KEY),
+        {},
+    ),
+    r'state has sums \(2, 2, 2, 3\) and log_scale None.* \(2, 2, 3\)': (
+        la.extend,
+        (la.init_state(KEY, VALUE), KEY, KEY, VALUE, lambda x: la.LogFeatures(x)),
+        {},
+    ),
+    r'state has sums \(1, 2, 2, 3\).*have \(2, 2, 2, 3\)': (
+        la.read,
+        (la.init_state(KEY[:1], VALUE[:1]), QUERY),
+        {},
+    ),
+    'query has 3 heads, key 2, and': (la.read, (la.init_state(KEY, VALUE), QUERY[:, :, :3]), {}),
 }
 
 
