@@ -30,6 +30,8 @@ from performer_vit import workdir as run_directory
 from performer_vit.approximation import ERRORS, ESTIMATORS, varied
 from performer_vit.errors import BadInput, choose
 
+# The study's models in the colours of Okabe and Ito, the other kernels in those of Tol's muted
+# scheme; both are told apart by colour-blind readers.
 MODEL_COLOURS = {
     'exact': '#000000',
     'relu': '#0072B2',
@@ -38,7 +40,15 @@ MODEL_COLOURS = {
     'elu': '#009E73',
     'ftheta': '#CC79A7',
     'ftheta_mixture': '#56B4E9',
-    'cosine': '#F0E442',
+    'softmax_hyperbolic': '#882255',
+    'softmax_optimal': '#CC6677',
+    'softmax_trigonometric': '#AA4499',
+    'relu_squared': '#332288',
+    'sigmoid': '#999933',
+    'softplus': '#44AA99',
+    'exp': '#DDCC77',
+    'identity': '#777777',
+    'cosine': '#117733',
 }
 MODEL_NAMES = {
     'exact': 'ViT',
@@ -48,6 +58,14 @@ MODEL_NAMES = {
     'elu': 'Performer-ELU',
     'ftheta': 'Performer-fθ',
     'ftheta_mixture': 'Performer-fθ-mixture',
+    'softmax_hyperbolic': 'Performer-EXP±',
+    'softmax_optimal': 'Performer-FAVOR++',
+    'softmax_trigonometric': 'Performer-trigonometric',
+    'relu_squared': 'Performer-ReLU²',
+    'sigmoid': 'Performer-sigmoid',
+    'softplus': 'Performer-softplus',
+    'exp': 'Performer-exp(Wx)',
+    'identity': 'Performer-identity',
     'cosine': 'Performer-cosine',
 }
 # For figures of no model in particular: a grey that no model has.

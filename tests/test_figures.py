@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from matplotlib.image import imread
 
-from performer_vit import approximation, figures, workdir
+from performer_vit import approximation, favor, figures, workdir
 from performer_vit.errors import BadInput
 
 TITLE = 'Performer-ReLU on digits'
@@ -114,7 +114,7 @@ def all_figures():
             figures.MODEL_COLOURS, enumerate((0.985, 0.993, 0.999))
         )
     ]  # fmt: skip
-    made['comparison'] = figures.comparison(rows, 'Eight kernels on digits')
+    made['comparison'] = figures.comparison(rows, 'All kernels on digits')
     made |= figures.approximation_figures(approximation_study())
     assert set(made) == set(FIGURES)  # None goes untested.
     return made
@@ -165,12 +165,14 @@ def test_arrays_are_rgb_images_of_readme_width(name):
     assert image[0, 0].tolist() == [255, 255, 255] and image.min() < 100
 
 
-def test_every_model_has_a_name_and_an_okabe_ito_colour_of_its_own():
-    """Catches two models in one colour, or a colour outside the palette."""
+def test_every_kernel_has_a_name_and_a_colour_of_its_own():
+    """Catches two models in one colour, and a kernel that could be trained but not drawn."""
     okabe_ito = '000000 E69F00 56B4E9 009E73 F0E442 0072B2 D55E00 CC79A7'.split()
     colours = [colour.lstrip('#') for colour in figures.MODEL_COLOURS.values()]
-    assert len(set(colours)) == 8 and set(colours) <= set(okabe_ito)
+    assert set(colours[:7]) <= set(okabe_ito)
+    assert len(set(colours)) == len(favor.KERNELS)
     assert list(figures.MODEL_COLOURS) == list(figures.MODEL_NAMES)
+    assert set(figures.MODEL_NAMES) == set(favor.KERNELS)  # Every kernel can be trained.
     assert figures.model_name('exact') == 'ViT'
     assert figures.model_name('softmax') == 'Performer-EXP'
     with pytest.raises(BadInput, match="kernel is 'tanh'; allowed are 'exact', 'relu'"):
