@@ -73,7 +73,9 @@ def softmax_log_features(
       BadInput: `temperature` is not a positive number.
     """
     half_square = _half_square(x, temperature)
-    return _project(x, projection, temperature) - half_square - 0.5 * math.log(projection.shape[0])
+    return _project(x, projection, temperature) - (
+        half_square + 0.5 * math.log(projection.shape[0])
+    )
 
 
 def softmax(x: jax.Array, projection: jax.Array, *, temperature: float | None = None) -> jax.Array:
@@ -658,14 +660,14 @@ def _dense(x: jax.Array, kernel: jax.Array) -> jax.Array:
 
 
 def _project(x: jax.Array, projection: jax.Array | None, temperature: float | None) -> jax.Array:
-    # x is scaled after the product, in float32, not rounded once more before it.
     if projection is None:
         return _scaled(x, temperature)
-    return _dense(x, projection.T) * _scale(x, temperature)
+    # W is scaled, before it is rounded to x's dtype: it is smaller than x and than Wx.
+    return _dense(x, projection.T * _scale(x, temperature))
 
 
 def _perceptron(x: jax.Array, theta: Theta, temperature: float | None) -> jax.Array:
-    hidden = _dense(x, theta['hidden_kernel']) * _scale(x, temperature) + theta['hidden_bias']
+    hidden = _dense(x, theta['hidden_kernel'] * _scale(x, temperature)) + theta['hidden_bias']
     hidden = jax.nn.relu(hidden).astype(x.dtype)
     return _dense(hidden, theta['output_kernel']) + theta['output_bias']
 

@@ -24,7 +24,6 @@ h // (H / G), and no key is copied.
 
 import dataclasses
 import functools
-import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -835,10 +834,12 @@ def _is_turned(features: jax.Array, rows: int) -> bool:
 
     XLA's CPU backend shares a product between threads from 2²² multiplications a head on, by rows,
     of which a thread takes about 2¹⁶ / R. Where that leaves all tokens to one thread, the values
-    are the better rows: twice as fast, less a transposition. It is undone without the barrier.
+    are the better rows: twice as fast, less their transposition, which many features outweigh. It
+    is undone without the barrier.
     """
-    size = math.prod(features.shape[-2:])
-    return jax.default_backend() == 'cpu' and size <= 2**16 and size * rows > 2**22
+    tokens, num_features = features.shape[-2:]
+    one_thread = tokens * num_features <= 2**16 and tokens * num_features * rows > 2**22
+    return jax.default_backend() == 'cpu' and one_thread and num_features > 2 * rows
 
 
 def _add(state: State, sums: jax.Array, log_scale: jax.Array | None) -> State:
