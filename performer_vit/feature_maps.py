@@ -73,9 +73,7 @@ def softmax_log_features(
       BadInput: `temperature` is not a positive number.
     """
     half_square = _half_square(x, temperature)
-    return _project(x, projection, temperature) - (
-        half_square + 0.5 * math.log(projection.shape[0])
-    )
+    return _project(x, projection, temperature) - half_square - 0.5 * math.log(projection.shape[0])
 
 
 def softmax(x: jax.Array, projection: jax.Array, *, temperature: float | None = None) -> jax.Array:
@@ -653,21 +651,24 @@ def _mean_and_spread(x: jax.Array, mask: jax.Array | None) -> tuple[jax.Array, j
     return mean, jnp.sum(deviation * deviation, axis=(-3, -1), keepdims=True) / count
 
 
-def _dense(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    return jnp.einsum(
-        '...d,dr->...r', x, kernel.astype(x.dtype), preferred_element_type=_accumulator(x)
-    )
+def _dense(x: jax.Array, kernel: jax.Array, scale: float = 1) -> jax.Array:
+    dtype = _accumulator(x)
+    kernel = kernel.astype(x.dtype)
+    if x.dtype == dtype:
+        # The kernel is smaller than x and than the product.
+        return jnp.einsum('...d,dr->...r', x, kernel * scale)
+    # bfloat16 would round the kernel once more: what else is a function of it would not fit.
+    return jnp.einsum('...d,dr->...r', x, kernel, preferred_element_type=dtype) * scale
 
 
 def _project(x: jax.Array, projection: jax.Array | None, temperature: float | None) -> jax.Array:
     if projection is None:
         return _scaled(x, temperature)
-    # W is scaled, before it is rounded to x's dtype: it is smaller than x and than Wx.
-    return _dense(x, projection.T * _scale(x, temperature))
+    return _dense(x, projection.T, _scale(x, temperature))
 
 
 def _perceptron(x: jax.Array, theta: Theta, temperature: float | None) -> jax.Array:
-    hidden = _dense(x, theta['hidden_kernel'] * _scale(x, temperature)) + theta['hidden_bias']
+    hidden = _dense(x, theta['hidden_kernel'], _scale(x, temperature)) + theta['hidden_bias']
     hidden = jax.nn.relu(hidden).astype(x.dtype)
     return _dense(hidden, theta['output_kernel']) + theta['output_bias']
 
