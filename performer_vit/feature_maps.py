@@ -72,8 +72,8 @@ def softmax_log_features(
     Raises:
       BadInput: `temperature` is not a positive number.
     """
-    half_square = _half_square(x, temperature)
-    return _project(x, projection, temperature) - half_square - 0.5 * math.log(projection.shape[0])
+    u = _project(x, projection, temperature)
+    return u - _log_norm(x, temperature, projection.shape[0])
 
 
 def softmax(x: jax.Array, projection: jax.Array, *, temperature: float | None = None) -> jax.Array:
@@ -122,8 +122,8 @@ def hyperbolic_log_features(
       BadInput: `temperature` is not a positive number.
     """
     u = _project(x, projection, temperature)
-    half_square = _half_square(x, temperature)
-    return jnp.concatenate([u, -u], axis=-1) - half_square - 0.5 * math.log(2 * u.shape[-1])
+    features = jnp.concatenate([u, -u], axis=-1)
+    return features - _log_norm(x, temperature, features.shape[-1])
 
 
 def optimal_log_features(
@@ -172,8 +172,7 @@ def optimal_log_features(
     rows = projection.astype(x.dtype).astype(a.dtype)
     log_weight = 0.25 * dim * jnp.log1p(-4 * a) + a * jnp.sum(rows * rows, axis=-1)
     log_value = jnp.sqrt(1 - 4 * a) * _project(x, projection, temperature)
-    half_square = _half_square(x, temperature)
-    return log_weight + log_value - half_square - 0.5 * math.log(projection.shape[0])
+    return log_weight + log_value - _log_norm(x, temperature, projection.shape[0])
 
 
 def optimal_a(mean_square: float | jax.Array, dim: int) -> jax.Array:
@@ -640,6 +639,11 @@ def _half_square(x: jax.Array, temperature: float | None) -> jax.Array:
     """‖x'‖²/2 [..., 1]."""
     scaled = _scaled(x, temperature)
     return 0.5 * jnp.sum(scaled * scaled, axis=-1, keepdims=True)
+
+
+def _log_norm(x: jax.Array, temperature: float | None, num_features: int) -> jax.Array:
+    """‖x'‖²/2 + ½ log R [..., 1]: one number to subtract from all features of a token."""
+    return _half_square(x, temperature) + 0.5 * math.log(num_features)
 
 
 def _mean_and_spread(x: jax.Array, mask: jax.Array | None) -> tuple[jax.Array, jax.Array]:
