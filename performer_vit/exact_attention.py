@@ -77,6 +77,11 @@ def exact_attention(
     """
     scale = _scale(query.shape[-1], temperature)
     _check_inputs(query, key, mask, is_causal, segment_ids)
+    if value.shape[:-1] != key.shape[:-1]:
+        raise BadInput(
+            f'value has shape {value.shape}, key {key.shape}; they must agree in all axes but the '
+            'last. Give a value for every key.'
+        )
     if block_size is None:
         block_size = BLOCK_SIZE
     if key_block_size is None:
@@ -526,10 +531,10 @@ def _check_inputs(
             'queries that would see nothing.'
         )
     shape = (*batch, num_heads, num_queries, num_keys)
-    if mask is not None and not _broadcasts(mask, shape):
+    if mask is not None and (mask.dtype != bool or not _broadcasts(mask, shape)):
         raise BadInput(
-            f'mask has shape {mask.shape}; allowed is what broadcasts to [batch…, heads, queries, '
-            f'keys] = {shape}. A padding mask is [batch…, 1, 1, keys].'
+            f'mask has shape {mask.shape} and dtype {mask.dtype}; allowed is bool that broadcasts '
+            f'to [batch…, heads, queries, keys] = {shape}. A padding mask is [batch…, 1, 1, keys].'
         )
     if segment_ids is not None and (
         num_keys != num_queries

@@ -228,6 +228,7 @@ def _make_attention_fn(
                 )
         axes = _attention_axes(axis, query)
         _check_arrays(query, key, value, axes, qkv_dim, unidirectional)
+        favor.warn_of_many_heads(math.prod(query.shape[i] for i in axes), query.shape[-2])
         shape = query.shape
         query, key, value = promote_dtype(query, key, value, dtype=dtype)
         query, key, value = (_merge_tokens(x, axes) for x in (query, key, value))

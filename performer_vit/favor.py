@@ -8,6 +8,7 @@ N queries, M keys, H heads, D head dimension, R features; leading axes are batch
 
 import contextlib
 import functools
+import numbers
 import warnings
 import zlib
 from collections.abc import Callable
@@ -134,6 +135,7 @@ def favor_attention(
     """
     _check_weights(kernel, projection, theta, query.shape[-1])
     mask = _check_inputs(query, key, value, mask)
+    warn_of_many_heads(*query.shape[-3:-1])
     segment_ids = _as_array('segment_ids', segment_ids)
     key_mask = _key_mask(mask, key.shape[-3])
     if kernel == 'exact' or (mask is not None and key_mask is None):
@@ -201,6 +203,7 @@ def attention_matrix(
     """
     _check_weights(kernel, projection, theta, query.shape[-1])
     mask = _check_inputs(query, key, key, mask)
+    warn_of_many_heads(*query.shape[-3:-1])
     segment_ids = _as_array('segment_ids', segment_ids)
     key_mask = _key_mask(mask, key.shape[-3])
     if key_mask is not None:
@@ -581,9 +584,9 @@ def _prepare(
     # The query heads of a group share the key head's features, and so its A.
     grouped = query.reshape(*query.shape[:-2], groups, copies, query.shape[-1])
     grouped = jnp.moveaxis(grouped, -2, -4).reshape(*query.shape[:-3], -1, groups, query.shape[-1])
-    mean = feature_maps.mean_square_sum(grouped, key, key_mask, temperature=temperature)
-    if axis_name is not None:
-        mean = jax.lax.pmean(mean, axis_name)
+    mean = feature_maps.mean_square_sum(
+        grouped, key, key_mask, temperature=temperature, axis_name=axis_name
+    )
     # The expectation of the estimate does not depend on A: it is a setting, not a part of the
     # function.
     a = jax.lax.stop_gradient(feature_maps.optimal_a(mean, query.shape[-1]))
@@ -742,10 +745,10 @@ def _check_fields(
     _check_names(kernel, projection, row_norms)
     if num_features == 0 and (projection == 'none' or kernel in (*_LEARNT, 'exact')):
         return head_dim
-    if num_features < 1:
+    if not isinstance(num_features, numbers.Integral) or num_features < 1:
         raise BadInput(
-            f'num_features is {num_features} with projection {projection!r} and kernel {kernel!r}; '
-            'allowed is an integer ≥ 1. Set num_features, to 256 for example.'
+            f'num_features is {num_features!r} with projection {projection!r} and kernel '
+            f'{kernel!r}; allowed is an integer ≥ 1. Set num_features, to 256 for example.'
         )
     if kernel in _PAIRED and num_features % 2:
         raise BadInput(
@@ -772,7 +775,9 @@ def _check_weights(
     theta: feature_maps.Theta | None,
     head_dim: int,
 ) -> None:
-    if not callable(kernel):
+    if callable(kernel):
+        _check_positive(kernel)
+    else:
         choose('kernel', kernel, KERNELS)
     if (theta is not None) != (kernel in _LEARNT):
         raise BadInput(
@@ -793,6 +798,24 @@ def _check_weights(
             f'projection has shape {projection.shape}; allowed is [R, D] with R ≥ 1 and the head '
             f'dimension D = {head_dim}. Draw it for that dimension.'
         )
+
+
+def _check_positive(function: Callable[[jax.Array], jax.Array]) -> None:
+    """Refuses a function that is negative somewhere, as far as that can be seen from a grid."""
+    grid = np.linspace(-30, 30, 481, dtype=np.float32)
+    with jax.ensure_compile_time_eval():
+        values = function(jnp.asarray(grid))
+    if isinstance(values, jax.core.Tracer) or jnp.shape(values) != grid.shape:
+        return  # Made of arrays that are not known yet; `elementwise` checks the shape.
+    values = np.asarray(values) + feature_maps.EPSILON
+    if np.iscomplexobj(values) or not np.any(values < 0):
+        return
+    worst = int(np.nanargmin(values))
+    raise BadInput(
+        f'kernel is a function with f({grid[worst]:g}) = {values[worst]:g}; features must not be '
+        "negative, or the normaliser may cancel. Shift or square it; of signed kernels 'identity' "
+        'can be had by its name.'
+    )
 
 
 def _check_inputs(
@@ -825,13 +848,6 @@ def _check_inputs(
             f'value has {value.shape[-2]} heads, key {key.shape[-2]}; both are {layout} and must '
             'have the same number of heads. Reshape one of them.'
         )
-    if query.shape[-2] > max(query.shape[-3], MANY_HEADS):
-        warnings.warn(
-            f'query has shape {query.shape}, which is read as {layout}: {query.shape[-3]} tokens '
-            f'in {query.shape[-2]} heads. If tokens and heads are swapped, attention runs over the '
-            'heads; swap the axes.',
-            stacklevel=3,
-        )
     if value.shape[-3] != key.shape[-3] or key.shape[-3] < 1:
         raise BadInput(
             f'value has {value.shape[-3]} tokens, key {key.shape[-3]}; both are {layout} and must '
@@ -855,6 +871,17 @@ def _check_inputs(
             f'keys] = {target}. A padding mask is [batch…, 1, 1, keys].'
         )
     return mask.reshape(padded)
+
+
+def warn_of_many_heads(num_tokens: int, num_heads: int) -> None:
+    """Warns where there are more heads than there ever are: someone has swapped the axes."""
+    if num_heads > max(num_tokens, MANY_HEADS):
+        warnings.warn(
+            f'query is read as [batch…, tokens, heads, head_dim]: {num_tokens} tokens in '
+            f'{num_heads} heads. If tokens and heads are swapped, attention runs over the heads; '
+            'swap the axes.',
+            stacklevel=3,
+        )
 
 
 def _as_array(name: str, x: Any) -> jax.Array | None:

@@ -19,6 +19,7 @@ leading axes. `temperature` is a Python number, known at compilation.
 import math
 import numbers
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -201,6 +202,7 @@ def mean_square_sum(
     key_mask: jax.Array | None = None,
     *,
     temperature: float | None = None,
+    axis_name: Any = None,
 ) -> jax.Array:
     """The mean of ‖q'_n + k'_m‖² over all pairs (n, m), in linear time, for `optimal_a`.
 
@@ -212,6 +214,8 @@ def mean_square_sum(
       key_mask: [..., M] bool, True for the keys that count; None for all. What the other positions
         hold, NaN included, has no effect; where no key counts they are taken for zeros.
       temperature: τ > 0, x' = x/√τ; None for √D.
+      axis_name: of an axis of `pmap` or `shard_map` along which the tokens are split; the mean is
+        over the pairs of all devices.
 
     Returns:
       [..., 1, H, 1] float32 (float64 for float64 inputs), at least 0.
@@ -219,8 +223,8 @@ def mean_square_sum(
     Raises:
       BadInput: `temperature` is not a positive number.
     """
-    query_mean, query_spread = _mean_and_spread(_scaled(query, temperature), None)
-    key_mean, key_spread = _mean_and_spread(_scaled(key, temperature), key_mask)
+    query_mean, query_spread = _mean_and_spread(_scaled(query, temperature), None, axis_name)
+    key_mean, key_spread = _mean_and_spread(_scaled(key, temperature), key_mask, axis_name)
     # Not mean ‖q'‖² + mean ‖k'‖² + 2 q̄·k̄: where q' = -k' rounding could leave it negative.
     mean_sum = query_mean + key_mean
     return query_spread + key_spread + jnp.sum(mean_sum * mean_sum, axis=-1, keepdims=True)
@@ -646,13 +650,20 @@ def _log_norm(x: jax.Array, temperature: float | None, num_features: int) -> jax
     return _half_square(x, temperature) + 0.5 * math.log(num_features)
 
 
-def _mean_and_spread(x: jax.Array, mask: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+def _mean_and_spread(
+    x: jax.Array, mask: jax.Array | None, axis_name: Any
+) -> tuple[jax.Array, jax.Array]:
     """Over the tokens that `mask` lets through: x̄ [..., 1, H, D], mean ‖x - x̄‖² [..., 1, H, 1]."""
     keep = jnp.ones((x.shape[-3], 1, 1), bool) if mask is None else mask[..., None, None]
-    count = jnp.maximum(jnp.sum(keep, axis=-3, keepdims=True), 1)
-    mean = jnp.sum(jnp.where(keep, x, 0), axis=-3, keepdims=True) / count
+
+    def total(x: jax.Array) -> jax.Array:
+        x = jnp.sum(x, axis=-3, keepdims=True)
+        return x if axis_name is None else jax.lax.psum(x, axis_name)
+
+    count = jnp.maximum(total(keep), 1)
+    mean = total(jnp.where(keep, x, 0)) / count
     deviation = jnp.where(keep, x - mean, 0)
-    return mean, jnp.sum(deviation * deviation, axis=(-3, -1), keepdims=True) / count
+    return mean, jnp.sum(total(deviation * deviation), axis=-1, keepdims=True) / count
 
 
 def _dense(x: jax.Array, kernel: jax.Array, scale: float = 1) -> jax.Array:

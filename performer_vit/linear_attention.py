@@ -24,6 +24,7 @@ h // (H / G), and no key is copied.
 
 import dataclasses
 import functools
+import numbers
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -40,17 +41,17 @@ LOWEST = -1e30
 # were summed is float32's rounding of 0, and is replaced by that part, with its sign.
 CANCELLED = 1e-6
 
-# Products of two tokens' features are at least this where they are formed: the gradient divides by
-# them, and must stay within float32 too.
+# Products of two tokens' positive `LogFeatures` are at least this within a causal chunk and in the
+# quadratic forms: the gradient divides by them, and must stay within float32 too.
 SMALLEST = 1e-30
 
-# Features of a block, in numbers: on a CPU 2 MiB of float32 stay in the caches. Elsewhere a block
-# only bounds memory, and must fill the device.
+# Features of a block, in numbers, unless `BLOCK_TOKENS` are more: on a CPU 2 MiB of float32 stay in
+# the caches. Elsewhere a block only bounds memory, and must fill the device.
 BLOCK_FEATURES = {'cpu': 2**19}
 BLOCK_FEATURES_ELSEWHERE = 2**26
 
-# Tokens of a block at the least: with fewer, XLA's CPU backend leaves a head's product to one
-# thread.
+# Tokens of a block at the least: XLA's CPU backend leaves a small product of a head to one thread,
+# and 512 tokens of 256 features are large enough.
 BLOCK_TOKENS = 512
 
 # Tokens of a causal chunk. Its C×C products cost C·(R + D) a token where the state costs 2·R·D;
@@ -168,9 +169,9 @@ def causal_linear_attention(
     """Attention of query n to the keys m ≤ n + (M - N), in linear time, by chunks of tokens.
 
     Within a chunk of C tokens φ(q) φ(k)ᵀ is masked; what came before is read from the running
-    state. The backward pass keeps one state a chunk, (N/C)·R·(D+1) numbers a head, and computes
-    the rest anew. With more keys than queries the first M - N keys are a prefix that every query
-    sees.
+    state. The backward pass keeps one state a chunk, (N/C)·R·(D+1) numbers a head, the outputs and
+    their normalisers, and computes the rest anew. With more keys than queries the first M - N keys
+    are a prefix that every query sees.
 
     For `LogFeatures` within a chunk, a key and a query are divided by the largest of their own
     features; a product of the rest below `SMALLEST` counts as that (as itself for signed features).
@@ -224,7 +225,7 @@ def init_state(key: Any, value: Any, feature_map: FeatureMap | None = None) -> S
       feature_map: see `linear_attention`.
 
     Returns:
-      A `State` for `absorb`, `read` and `extend`: zeros.
+      A `State` for `absorb`, `read` and `extend`: zeros, and a scale of `LOWEST` for log 0.
     """
     shapes = _feature_shapes(_in_float32(feature_map), key)
     return _zeros(value, shapes)
@@ -508,7 +509,7 @@ def _empty_state(inputs: _Inputs) -> State:
 
 
 def _plan(inputs: _Inputs) -> _Plan:
-    """Blocks that hold `BLOCK_FEATURES` numbers: of many sequences, or of a part of one."""
+    """Blocks of `BLOCK_FEATURES` numbers, or `BLOCK_TOKENS`: many sequences, or a part of one."""
     batch, num_queries, heads, _ = inputs.query.shape
     num_keys, groups = inputs.key.shape[1:3]
     num_features = _num_features(_feature_shapes(inputs.feature_map, inputs.key))
@@ -776,7 +777,7 @@ def _key_features(
     value: jax.Array,
     key_mask: jax.Array | None,
 ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
-    """Features [..., G, C, R] and values [..., G, D+1, C] of a block, and the new scale."""
+    """Features [..., G, C, R] and values [..., G, C, D+1] of a block, and the new scale."""
     if key_mask is not None:
         key = jnp.where(key_mask[..., None, None], key, 0)
     features = feature_map(_heads_first(key, key.shape[-2]))
@@ -1128,8 +1129,8 @@ def _prepare(
             f'query has the last axis {query.shape[-1]}, key {key.shape[-1]}; one feature map '
             'takes both. Give them the same dimension.'
         )
-    if block_size is not None and block_size < 1:
-        raise BadInput(f'block_size is {block_size}; give an integer ≥ 1, or None.')
+    if block_size is not None and not (isinstance(block_size, numbers.Integral) and block_size > 0):
+        raise BadInput(f'block_size is {block_size!r}; give an integer ≥ 1, or None.')
     batch_shape = query.shape[:-3]
     if key_mask is not None:
         if key_mask.dtype != bool or not _broadcasts(key_mask, (*batch_shape, key.shape[-3])):

@@ -13,6 +13,7 @@ from jax.test_util import check_grads
 from performer_vit import exact_attention as ea
 from performer_vit.errors import BadInput
 from tests import reference
+from tests.programs import all_gradients, equations, largest_array
 
 H, D = 4, 4
 ONE_BLOCK = (sys.maxsize, None)
@@ -107,26 +108,6 @@ def gradient(arrays, **keywords):
 
 def sized(sizes):
     return dict(zip(('block_size', 'key_block_size'), sizes, strict=True))
-
-
-def equations(jaxpr, times=1):
-    """All of a program, those of inner programs included, and how often each one runs."""
-    for eqn in jaxpr.eqns:
-        yield eqn, times
-        for parameter in jax.tree.leaves(eqn.params, is_leaf=lambda x: hasattr(x, 'jaxpr')):
-            inner = getattr(parameter, 'jaxpr', parameter)
-            if hasattr(inner, 'eqns'):
-                yield from equations(inner, times * eqn.params.get('length', 1))
-
-
-def largest_array(function, *arrays):
-    """Elements of the largest array that a program makes."""
-    jaxpr = jax.make_jaxpr(function)(*arrays).jaxpr
-    return max(v.aval.size for eqn, _ in equations(jaxpr) for v in eqn.outvars)
-
-
-def all_gradients(function):
-    return jax.grad(lambda *x: jnp.sum(function(*x) ** 2), argnums=(0, 1, 2))
 
 
 # Values
@@ -475,6 +456,7 @@ def test_transformations(transform):
         (Case(10, 7), {'is_causal': True}, 'is_causal is True with 10 queries and 7 keys'),
         (Case(10, 7, num_groups=3), {}, r'key has shape \(2, 7, 3, 4\), query \(2, 10, 4, 4\)'),
         (Case(10, 7), {'mask': np.ones((3, 7), bool)}, r'mask has shape \(3, 7\)'),
+        (Case(10, 7), {'mask': np.zeros((10, 7))}, 'mask .* dtype float64; allowed is bool'),
         (Case(10, 7), {'segment_ids': np.zeros((2, 10), int)}, 'of which there are 7'),
         (Case(10, 10), {'segment_ids': np.zeros((2, 10))}, 'dtype float64; allowed are integers'),
         (Case(10, 10), {'segment_ids': np.zeros((3, 10), int)}, r'shape \(3, 10\)'),
@@ -495,3 +477,11 @@ def test_what_does_not_fit_is_refused(case, keywords, message):
 def test_block_sizes_are_positive_integers(name, size):
     with pytest.raises(BadInput, match=f'{name} is {size}'):
         ea.exact_attention(*inputs(), **{name: size})
+
+
+def test_value_must_fit_key():
+    """Catches a value that broadcasts over the keys, or over their heads."""
+    x = np.ones((1, 5, 2, 3), np.float32)
+    for value in (x[:, :1], x[:, :, :1]):
+        with pytest.raises(BadInput, match='value has shape'):
+            ea.exact_attention(x, x, value)

@@ -413,6 +413,18 @@ def test_what_is_not_honoured_is_said(make, given, message):
     assert caught[0].filename == __file__
 
 
+@pytest.mark.parametrize('make', [SOFTMAX, GENERALIZED])
+def test_heads_in_the_place_of_tokens_are_warned_of(make):
+    """The commonest mistake of those who used the original; two attention axes are no mistake."""
+    attend = make()
+    with pytest.warns(UserWarning, match='4 tokens in 128 heads') as caught:
+        jax.eval_shape(attend, *[jnp.ones((2, 4, 128, D))] * 3)
+    assert caught[0].category is UserWarning
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        jax.eval_shape(attend, *[jnp.ones((2, 4, 32, 128, D))] * 3)
+
+
 def test_what_is_honoured_is_not_warned_of():
     """Catches a warning at every call, which teaches not to read any."""
     with warnings.catch_warnings():

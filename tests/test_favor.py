@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from hypothesis import given, settings
+from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
@@ -36,6 +36,7 @@ def square(u):
 
 KERNELS = (*favor.KERNELS, square)
 PAIRED = ('softmax_hyperbolic', 'softmax_trigonometric')
+LEARNT = ('ftheta', 'ftheta_mixture')
 SIGNED = reference.SIGNED
 POSITIVE = tuple(kernel for kernel in KERNELS if kernel not in SIGNED)
 # One kernel of each path that a mask may take.
@@ -131,6 +132,53 @@ def test_against_the_quadratic_reference(kernel, mask):
     output = compiled(favor.favor_attention, kernel)(*arrays, mask=mask)
     assert output.shape == (2, 3, N, H, D + 1)
     np.testing.assert_allclose(output, expect(kernel, arrays, mask), rtol=1e-4, atol=1e-5)
+
+
+@settings(max_examples=30, deadline=None, derandomize=True, database=None, phases=[Phase.generate])
+@given(
+    kernel=st.sampled_from(KERNELS),
+    num_queries=st.integers(1, 9),
+    prefix=st.integers(0, 4),
+    heads=st.sampled_from([(1, 1), (2, 1), (2, 2), (4, 2)]),
+    masked=st.booleans(),
+    is_causal=st.booleans(),
+    block_size=st.sampled_from([None, 2]),
+    dtype=st.sampled_from([jnp.float32, jnp.bfloat16]),
+)
+def test_every_kernel_in_any_shape(
+    kernel, num_queries, prefix, heads, masked, is_causal, block_size, dtype
+):
+    """Catches what only goes wrong for one kernel in one shape, pattern or dtype.
+
+    The reference has the inputs and the weights as rounded to `dtype`, and so its rounding of what
+    lies between: bfloat16 keeps 8 bits, and features are sums of D products.
+    """
+    if dtype == jnp.bfloat16 and kernel in (*SIGNED, *LEARNT):
+        dtype = jnp.float32  # Cancelling and the hidden layer have bounds of their own.
+    is_causal = is_causal and kernel != 'softmax_optimal'
+    arrays = tame(kernel, inputs((2,), num_queries, num_queries + prefix, heads=heads))
+    arrays = tuple(x.astype(dtype) for x in arrays)
+    mask = draw_mask((2, 1, 1, num_queries + prefix)) if masked else None
+    given = weights(kernel, dtype)
+    attend = functools.partial(
+        favor.favor_attention, is_causal=is_causal, block_size=block_size, **given
+    )
+    output = jax.jit(lambda *x: attend(*x[:3], mask=x[3]))(*arrays, mask)
+    assert output.dtype == dtype
+    pattern = np.ones((num_queries, num_queries + prefix), bool)
+    options = {'offset': prefix if is_causal else 0}
+    expected = reference.attention(
+        given.pop('kernel'),
+        *(np.asarray(x, np.float64) for x in arrays),
+        mask,
+        pattern=np.tril(pattern, prefix) if is_causal else pattern,
+        **given,
+        **options,
+    )
+    tolerance = 2e-2 if dtype == jnp.bfloat16 else 1e-4
+    np.testing.assert_allclose(
+        np.asarray(output, np.float64), expected, rtol=tolerance, atol=tolerance
+    )
 
 
 @pytest.mark.parametrize('shape', [(6, 1), (1, 6)])
@@ -684,20 +732,13 @@ def mapped(attend):
 def test_tokens_split_over_devices(split, kernel, is_causal):
     """Value and gradient are those of one device; the second device's keys are all padding.
 
-    A of 'softmax_optimal' comes from the mean of the devices' mean squares. That is the mean over
-    all pairs of tokens where devices have the same mean query and key, as here, whatever their
-    spread. Catches a sum that is left out or done twice, in either direction, an A of each device,
-    positions that begin anew on each, and a causal state that has the device's own keys in it.
+    Catches a sum that is left out or done twice, in either direction, an A of each device or from
+    the mean of their means, positions that begin anew on each, and a causal state that has the
+    device's own keys in it.
     """
     query, key, value = inputs((1,), 8, 8)
     mask = np.ones((1, 1, 1, 8), bool)
-    if kernel == 'softmax_optimal':
-        query, key = (
-            np.stack([x[:, :1] + x[:, ::2], x[:, :1] - x[:, ::2]], 2).reshape(x.shape)
-            for x in (query, key)
-        )
-    else:
-        mask[..., 2:5] = False
+    mask[..., 2:5] = False
     given = weights(kernel)
     cotangent = np.random.default_rng(4).normal(size=value.shape).astype(np.float32)
 
@@ -1124,6 +1165,41 @@ def test_heads_in_the_place_of_tokens_are_warned_of(num_tokens, heads, warns):
     assert len(messages) == warns
     if warns:
         assert 'read as [batch…, tokens, heads, head_dim]: 4 tokens in 128 heads' in messages[0]
+
+
+def test_one_token_of_many_heads_is_no_mistake():
+    """Catches a warning at every step of a generation."""
+    x = jnp.ones((2, 1, 100, D))
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        favor.extend(favor.init_state(x, x, kernel='relu'), x, x, x, kernel='relu')
+
+
+@pytest.mark.parametrize(
+    ('function', 'message'),
+    [
+        (lambda u: u, r'f\(-30\) = -29.999'),
+        (jnp.sin, "kernel is a function with f.* 'identity' can be had by its name"),
+        (lambda u: jnp.where(u == 0, -1, 1), r'f\(0\) = -0.999'),
+    ],
+)
+def test_functions_that_are_negative_are_refused(function, message):
+    """Catches a normaliser that may cancel, also under `jit`."""
+    arrays = inputs((2,))
+    with pytest.raises(BadInput, match=message):
+        jax.jit(functools.partial(favor.favor_attention, kernel=function))(*arrays)
+
+
+def test_functions_of_traced_arrays_are_taken():
+    """Catches a check that asks for the value of a weight that is being trained."""
+    arrays = inputs((2,))
+
+    @jax.jit
+    def attend(power):
+        return favor.favor_attention(*arrays, kernel=lambda u: jnp.abs(u) ** power)
+
+    expected = favor.favor_attention(*arrays, kernel=lambda u: jnp.abs(u) ** 1.5)
+    np.testing.assert_allclose(attend(1.5), expected, rtol=1e-5)
 
 
 def test_redraw_refuses_what_it_cannot_redraw():

@@ -12,6 +12,7 @@ from jax.test_util import check_grads
 
 from performer_vit import linear_attention as la
 from performer_vit.errors import BadInput
+from tests.programs import all_gradients, equations, largest_array
 
 # The same few examples on every run. A failing one is not made smaller: every try is compiled.
 properties = functools.partial(
@@ -262,10 +263,11 @@ def test_runs_count_changes(ids):
 def test_default_blocks_of_tokens_and_of_sequences(monkeypatch, form, batch, num_tokens):
     """The paths that only larger inputs take: several sequences at a time, and one by one.
 
-    With the least block, 32 tokens, 6 sequences of 10 are taken in threes, 5 one by one, and 70
-    tokens in three blocks. Catches a batch that is put together in another order.
+    With 32 tokens (4 heads, 6 features) to a block, 6 sequences of 10 are taken in threes, 5 one by
+    one, and 70 tokens in three blocks. Catches a batch that is put together in another order.
     """
-    monkeypatch.setattr(la, 'BLOCK_FEATURES', {'cpu': 1})
+    monkeypatch.setattr(la, 'BLOCK_FEATURES', {'cpu': 32 * 4 * 6})
+    monkeypatch.setattr(la, 'BLOCK_TOKENS', 32)
     monkeypatch.setattr(la, 'CHUNK', {'cpu': 16})
     arrays = inputs((batch,), num_tokens, num_tokens)
     key_mask = draw_mask(0.6, (batch, num_tokens))
@@ -913,6 +915,41 @@ def temporary_bytes(function, *shapes):
     arrays = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
     gradient = jax.grad(lambda *x: jnp.sum(function(*x) ** 2), argnums=(0, 1, 2))
     return jax.jit(gradient).lower(*arrays).compile().memory_analysis().temp_size_in_bytes
+
+
+def test_no_loop_over_single_tokens():
+    """Catches a scan of N steps, which is what the slow causal forms are."""
+    x = jnp.ones((1, 1024, 2, 4))
+    for attend in (la.linear_attention, la.causal_linear_attention):
+        jaxpr = jax.make_jaxpr(all_gradients(attend))(x, x, x).jaxpr
+        steps = [times for _, times in equations(jaxpr)]
+        assert max(steps) <= 1024 // la.CHUNK['cpu']
+
+
+@pytest.mark.parametrize('attend', [la.linear_attention, la.causal_linear_attention])
+def test_shared_key_heads_are_not_copied(attend):
+    """Catches keys, or their features, that are repeated for each of their 16 query heads."""
+    query, key = jnp.ones((1, 2, 16, 4)), jnp.ones((1, 512, 1, 4))
+    if attend is la.causal_linear_attention:
+        attend = functools.partial(attend, block_size=64)
+    assert largest_array(all_gradients(attend), query, key, key) < 2 * key.size
+
+
+@pytest.mark.parametrize('is_causal', [False, True])
+def test_only_states_pass_between_devices(is_causal):
+    """Catches keys, values or features that are sent, and more than one sum of states."""
+    attend = la.causal_linear_attention if is_causal else la.linear_attention
+    attend = functools.partial(attend, **options('log_positive'), axis_name='devices')
+    x = jnp.ones((4, 100, 2, 3))
+    jaxpr = jax.make_jaxpr(attend, axis_env=[('devices', 4)])(x[0], x[0], x[0]).jaxpr
+    sent = [
+        (eqn.primitive.name, sum(v.aval.size for v in eqn.invars))
+        for eqn, _ in equations(jaxpr)
+        if eqn.primitive.name in ('psum', 'psum_invariant', 'pmax', 'all_gather', 'ppermute')
+    ]
+    state, scale = 2 * (3 + 1) * 6, 2 * 6
+    kinds = ['all_gather', 'all_gather'] if is_causal else ['pmax', 'psum']
+    assert sorted(sent) == sorted(zip(kinds, (scale, state), strict=True))
 
 
 @pytest.mark.parametrize('form', ['all', 'causal', 'many sequences'])
