@@ -568,7 +568,7 @@ def _over_batch(function: Callable, group: int | None, arrays: tuple) -> Any:
     return jax.tree.map(lambda x: x.reshape(batch, *x.shape[2:]), results)
 
 
-# Outputs and normalisers are small, and save the backward pass a product.
+# Outputs, normalisers and scales of blocks are small, and save the backward pass two products.
 _recomputed = functools.partial(
     jax.checkpoint,
     prevent_cse=False,
@@ -797,7 +797,7 @@ def _scale_keys(
     largest = jnp.max(logs, axis=-2)
     log_scale = largest if log_scale is None else jnp.maximum(largest, log_scale)
     # The quotient does not depend on it, so neither does the gradient.
-    log_scale = jax.lax.stop_gradient(log_scale)
+    log_scale = checkpoint_name(jax.lax.stop_gradient(log_scale), _SAVED)
     scaled = jnp.exp(logs - log_scale[..., None, :])
     return _times(scaled, features.factor), log_scale
 

@@ -387,7 +387,7 @@ def test_every_config_trains_two_steps(name):
 @pytest.mark.parametrize(
     'field, value, message',
     [
-        ('model.attention.kernel', 'cosine', r"kernel is 'cosine'; allowed are 'exact', 'softmax'"),
+        ('model.attention.kernel', 'tanh', r"kernel is 'tanh'; allowed are 'exact', 'softmax'"),
         ('model.attention.projection', 'fourier', r"is 'fourier'; allowed are 'orthogonal'"),
         ('model.stem', 'hybrid', r"model.stem is 'hybrid'"),
         ('model.pooling', 'max', r"model.pooling is 'max'"),
