@@ -162,7 +162,7 @@ def product_operations(jaxpr):
 def test_our_blocks_compute_again_what_the_table_says(kernel, num_features):
     """Catches a claim about the backward pass that is no longer true of the code.
 
-    Normalisers are one more row of the values: a 64th of some products.
+    Normalisers are one more column of the values: a 64th of some products.
     """
     length = 4096
     inputs = [jax.ShapeDtypeStruct((1, length, 8, 64), jnp.float32)] * 3
