@@ -5,16 +5,21 @@ import optax
 
 from performer_vit.errors import BadInput, choose
 
-OPTIMIZERS = ('adamw', 'adam', 'sgd')
-SCHEDULES = ('cosine', 'step')
+OPTIMIZERS = ('adamw', 'adam', 'sgd', 'muon')
+SCHEDULES = ('cosine', 'linear', 'step')
+
+# Makes the entries of Muon's updates as large as AdamW's usually are, so that both take the same
+# learning rates and the same weight decay (Liu et al. 2025, arXiv 2502.16982).
+_MUON_RMS = 0.2
 
 
 def learning_rate(optimizer, steps_per_epoch: int, num_epochs: int) -> optax.Schedule:
-    """Learning rate as a function of the step: a linear warm-up, then cosine or step decay.
+    """Learning rate as a function of the step: a linear warm-up, then a decay.
 
     Warm-up takes `warmup_epochs` from 0 to `learning_rate`. 'cosine' then falls to 0 at the last
-    step: rate · (1 + cos(π t / T)) / 2 (Loshchilov & Hutter 2017). 'step' multiplies the rate by
-    `decay_factor` every `decay_epochs`, counted from the start of training.
+    step: rate · (1 + cos(π t / T)) / 2 (Loshchilov & Hutter 2017); 'linear' as rate · (1 − t / T).
+    'step' multiplies the rate by `decay_factor` every `decay_epochs`, counted from the start of
+    training.
 
     Args:
       optimizer: the `optimizer` section of a config.
@@ -35,14 +40,19 @@ def learning_rate(optimizer, steps_per_epoch: int, num_epochs: int) -> optax.Sch
             f'num_epochs, which is {num_epochs}.'
         )
     warmup_steps = round(optimizer.warmup_epochs * steps_per_epoch)
+    # Optax wants a step of decay, also where the warm-up takes the whole training.
+    decay_steps = max(num_epochs * steps_per_epoch - warmup_steps, 1)
     if optimizer.schedule == 'cosine':
         return optax.warmup_cosine_decay_schedule(
             init_value=0.0 if warmup_steps else optimizer.learning_rate,
             peak_value=optimizer.learning_rate,
             warmup_steps=warmup_steps,
-            # Optax wants a step of decay, also where the warm-up takes the whole training.
-            decay_steps=max(num_epochs * steps_per_epoch, warmup_steps + 1),
+            decay_steps=warmup_steps + decay_steps,
         )
+    if optimizer.schedule == 'linear':
+        warmup = optax.linear_schedule(0.0, optimizer.learning_rate, warmup_steps)
+        decay = optax.linear_schedule(optimizer.learning_rate, 0.0, decay_steps)
+        return optax.join_schedules([warmup, decay], [warmup_steps])
     if optimizer.decay_epochs <= 0 or not 0 < optimizer.decay_factor <= 1:
         raise BadInput(
             f'optimizer.decay_epochs is {optimizer.decay_epochs} and optimizer.decay_factor is '
@@ -69,11 +79,33 @@ def is_decayed(params) -> object:
     return jax.tree.map_with_path(lambda path, _: path[-1].key.endswith('kernel'), params)
 
 
-def create(optimizer, schedule: optax.Schedule) -> optax.GradientTransformation:
-    """The Optax chain: clipping by global norm, then AdamW, Adam or SGD with momentum.
+def matrices(params) -> object:
+    """Which parameters are matrices inside the network, and which of their axes are summed over.
 
-    AdamW decouples weight decay from the gradient (Loshchilov & Hutter 2019); Adam and SGD add it
-    to the gradient, as the L2 penalty of PyTorch's optimisers of these names.
+    Returns:
+      A tree like `params`: `optax.contrib.MuonDimensionNumbers` for the kernels of dense,
+      multi-head and convolutional layers (a convolution's sums over its window and the channels)
+      and of fθ; None for the head, whose rows are classes, and for all that is not a kernel.
+    """
+
+    def dimension_numbers(path, value):
+        module, name = ([''] + [key.key for key in path])[-2:]
+        if not name.endswith('kernel') or module == 'head':
+            return None
+        if value.ndim == 3 and module != 'out':
+            return optax.contrib.MuonDimensionNumbers((0,), (1, 2))  # [C, H, D]
+        return optax.contrib.MuonDimensionNumbers(tuple(range(value.ndim - 1)), (value.ndim - 1,))
+
+    return jax.tree.map_with_path(dimension_numbers, params)
+
+
+def create(optimizer, schedule: optax.Schedule) -> optax.GradientTransformation:
+    """The Optax chain: clipping by global norm, then AdamW, Adam, SGD with momentum, or Muon.
+
+    AdamW and Muon decouple weight decay from the gradient (Loshchilov & Hutter 2019); Adam and SGD
+    add it to the gradient, as the L2 penalty of PyTorch's optimisers of these names. Muon replaces
+    the momentum of each of the `matrices` by the nearest orthogonal matrix, approximately (Jordan
+    et al. 2024), and updates all other parameters by Adam in Nesterov's form (Dozat 2016).
     """
     choose('optimizer.name', optimizer.name, OPTIMIZERS)
     if optimizer.clip_norm < 0 or optimizer.weight_decay < 0 or not 0 <= optimizer.momentum < 1:
@@ -88,6 +120,18 @@ def create(optimizer, schedule: optax.Schedule) -> optax.GradientTransformation:
         'adamw': (clip, optax.scale_by_adam(), penalty),
         'adam': (clip, penalty, optax.scale_by_adam()),
         'sgd': (clip, penalty, optax.trace(optimizer.momentum)),
+        'muon': (clip, _muon(optimizer.momentum), penalty),
     }
     chain = [transform for transform in chains[optimizer.name] if transform is not None]
     return optax.chain(*chain, optax.scale_by_learning_rate(schedule))
+
+
+def _muon(momentum: float) -> optax.GradientTransformation:
+    """The direction of Muon's update; Optax's own applies the learning rate too, with its sign."""
+    muon = optax.contrib.muon(
+        learning_rate=1.0,
+        beta=momentum,
+        consistent_rms=_MUON_RMS,
+        muon_weight_dimension_numbers=matrices,
+    )
+    return optax.chain(muon, optax.scale(-1.0))
