@@ -329,11 +329,12 @@ def describe(config, dataset: datasets.Dataset, model, num_params: int) -> dict:
         num_params: trained parameters of the model.
     """
     attention = config.model.attention
-    projected = attention.kernel not in ('exact', 'ftheta', 'ftheta_mixture')
+    featureless = ('exact', 'mean', 'none')
+    projected = attention.kernel not in (*featureless, 'ftheta', 'ftheta_mixture')
     return {
         'dataset': dataset.name,
         'kernel': attention.kernel,
-        'num_features': None if attention.kernel == 'exact' else attention.num_features,
+        'num_features': None if attention.kernel in featureless else attention.num_features,
         'projection': attention.projection if projected else None,
         'num_params': num_params,
         'num_tokens': vit.num_tokens(model, dataset.image_shape),

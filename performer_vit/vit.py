@@ -18,7 +18,7 @@ import numpy as np
 from flax import linen as nn
 
 from performer_vit.errors import BadInput, choose
-from performer_vit.favor import FavorAttention
+from performer_vit.favor import KERNELS, FavorAttention
 
 STEMS = ('patch', 'conv')
 POSITIONS = ('learned', 'sine')
@@ -143,6 +143,19 @@ class SelfAttention(nn.Module):
         return nn.DenseGeneral(width, axis=(-2, -1), dtype=self.dtype, name='out')(x)
 
 
+class MeanAttention(nn.Module):
+    """Attention that looks at nothing: every token gets the mean of all values, (B, N, H, D).
+
+    What a network loses with it, beside one without any such branch, is what it owes to choosing
+    where to look.
+    """
+
+    @nn.compact
+    def __call__(self, query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
+        del query, key
+        return jnp.broadcast_to(value.mean(axis=1, keepdims=True), value.shape)
+
+
 class DropPath(nn.Module):
     """Stochastic depth: zeroes the whole branch of an image with probability `rate`, (B, N, C).
 
@@ -158,21 +171,25 @@ class DropPath(nn.Module):
 
 
 class EncoderBlock(nn.Module):
-    """Pre-norm block: x + attention(norm(x)), then x + mlp(norm(x)); (B, N, C) → (B, N, C)."""
+    """Pre-norm block: x + attention(norm(x)), then x + mlp(norm(x)); (B, N, C) → (B, N, C).
+
+    Without attention (None) the first of the two is left out.
+    """
 
     num_heads: int
     mlp_dim: int
-    attention: Callable[..., nn.Module]
+    attention: Callable[..., nn.Module] | None
     dropout_rate: float
     drop_path_rate: float
     dtype: jnp.dtype
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
-        y = nn.LayerNorm(dtype=self.dtype, name='attention_norm')(x)
-        y = SelfAttention(self.num_heads, self.attention, self.dtype, name='self_attention')(y)
-        y = nn.Dropout(self.dropout_rate, deterministic=not train)(y)
-        x = x + DropPath(self.drop_path_rate)(y, train=train)
+        if self.attention is not None:
+            y = nn.LayerNorm(dtype=self.dtype, name='attention_norm')(x)
+            y = SelfAttention(self.num_heads, self.attention, self.dtype, name='self_attention')(y)
+            y = nn.Dropout(self.dropout_rate, deterministic=not train)(y)
+            x = x + DropPath(self.drop_path_rate)(y, train=train)
         y = nn.LayerNorm(dtype=self.dtype, name='mlp_norm')(x)
         y = Mlp(self.mlp_dim, self.dropout_rate, self.dtype, name='mlp')(y, train=train)
         return x + DropPath(self.drop_path_rate)(y, train=train)
@@ -208,6 +225,7 @@ class VisionTransformer(nn.Module):
       num_classes: number of classes, K.
       attention: builds the attention module of a block when called with `name`; see
         `SelfAttention`. `functools.partial(FavorAttention, kernel='relu', num_features=64)` is one.
+        None leaves attention out of the blocks.
       stem: 'patch' or 'conv'; both give h/patch_size × w/patch_size tokens.
       patch_size: pixels along one side of a token.
       stem_channels: channels of the convolutions of the 'conv' stem.
@@ -226,7 +244,7 @@ class VisionTransformer(nn.Module):
     """
 
     num_classes: int
-    attention: Callable[..., nn.Module]
+    attention: Callable[..., nn.Module] | None
     stem: str = 'conv'
     patch_size: int = 4
     stem_channels: tuple[int, ...] = (32, 64)
@@ -336,13 +354,18 @@ class VisionTransformer(nn.Module):
             )
 
 
+# What a config may name in the place of a kernel, to measure what attention adds.
+_NO_ATTENTION = {'mean': MeanAttention, 'none': None}
+
+
 def from_config(model, num_classes: int, seed: int) -> VisionTransformer:
     """The model that a config's `model` section describes (see `configs/base.py`).
 
     Args:
       model: an `ml_collections.ConfigDict` (or any mapping) with the fields of
         `VisionTransformer`, an `attention` section with the fields of `FavorAttention`, and dtype
-        by name.
+        by name. Two more kernels are no attention, to compare with: 'mean' is `MeanAttention`,
+        'none' leaves the branch out.
       num_classes: number of classes, K.
       seed: of the random projections.
     """
@@ -352,9 +375,15 @@ def from_config(model, num_classes: int, seed: int) -> VisionTransformer:
     attention = dict(fields.pop('attention'))
     attention.pop('redraw_every')  # When to redraw is the training loop's to decide.
     fields['stem_channels'] = tuple(fields['stem_channels'])
+    kernel = attention['kernel']
+    choose('model.attention.kernel', kernel, (*KERNELS, *_NO_ATTENTION))
+    if kernel in _NO_ATTENTION:
+        build = _NO_ATTENTION[kernel]
+    else:
+        build = functools.partial(FavorAttention, seed=seed, dtype=dtype, **attention)
     return VisionTransformer(
         num_classes=num_classes,
-        attention=functools.partial(FavorAttention, seed=seed, dtype=dtype, **attention),
+        attention=build,
         dtype=dtype,
         **fields,
     )

@@ -213,3 +213,53 @@ def test_config_with_an_unknown_dtype():
     config.model.dtype = 'float8'
     with pytest.raises(BadInput, match="model.dtype is 'float8'; allowed are 'float32'"):
         vit.from_config(config.model, num_classes=10, seed=0)
+
+
+def config_of(**attention):
+    config = load_config('vit').model
+    config.update(stem='patch', patch_size=8, width=16, depth=2, num_heads=2, mlp_dim=32)
+    config.attention.update(num_features=8, **attention)
+    return config
+
+
+def test_mean_in_the_place_of_attention_is_uniform_attention():
+    """The reference: attention whose queries are zero weighs all tokens alike."""
+    mean = vit.from_config(config_of(kernel='mean'), 10, seed=0)
+    exact = vit.from_config(config_of(kernel='exact'), 10, seed=0)
+    variables = randomised(mean.init(jax.random.key(0), IMAGES))
+    got = mean.apply(variables, IMAGES)
+    for i in range(2):
+        query = variables['params'][f'encoder_{i}']['self_attention']['query']
+        query.update(jax.tree.map(jnp.zeros_like, query))
+    np.testing.assert_allclose(got, exact.apply(variables, IMAGES), rtol=1e-4, atol=1e-4)
+
+
+def test_none_leaves_the_branch_of_attention_out():
+    """Every token goes its own way: changing one leaves the others as they were.
+
+    The rest of the parameters has the same names, shapes and first values as with attention.
+    """
+    model = vit.from_config(config_of(kernel='none'), 10, seed=0)
+    with_attention = vit.from_config(config_of(kernel='relu'), 10, seed=0)
+    params = model.init(jax.random.key(0), IMAGES)['params']
+    expected = with_attention.init(jax.random.key(0), IMAGES)['params']
+    for i in range(2):
+        for name in ('attention_norm', 'self_attention'):
+            del expected[f'encoder_{i}'][name]
+    jax.tree.map(np.testing.assert_array_equal, params, expected)
+
+    variables = randomised({'params': params})
+    changed = IMAGES.at[:, :8, :8].add(1.0)  # The first patch.
+    outputs = [
+        model.apply(variables, images, mutable=['intermediates'])[1]['intermediates']['encoded'][0]
+        for images in (IMAGES, changed)
+    ]
+    assert float(jnp.abs(outputs[0][:, 0] - outputs[1][:, 0]).max()) > 0.1
+    np.testing.assert_array_equal(outputs[0][:, 1:], outputs[1][:, 1:])
+
+
+def test_an_unknown_kernel_of_a_config_is_refused_with_all_names():
+    with pytest.raises(
+        BadInput, match=r"model.attention.kernel is 'max'; .*'relu'.*'mean', 'none'"
+    ):
+        vit.from_config(config_of(kernel='max'), 10, seed=0)
