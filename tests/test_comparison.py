@@ -1,0 +1,88 @@
+"""Means, intervals and corrections against SciPy's own tests and values worked out by hand."""
+
+import copy
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from performer_vit import comparison
+from performer_vit.errors import BadInput
+
+ROW = {
+    'dataset': 'cifar10', 'kernel': 'exact', 'seed': 0, 'test_accuracy': 0.8,
+    'config': {
+        'seed': 0, 'num_epochs': 3, 'model': {'width': 64, 'attention': {'kernel': 'exact'}},
+        'dataset': {'data_dir': ''},
+    },
+}  # fmt: skip
+
+
+def row(kernel='exact', seed=0, accuracy=0.8, **config):
+    made = copy.deepcopy(ROW)
+    made.update(kernel=kernel, seed=seed, test_accuracy=accuracy)
+    made['config'].update(seed=seed, **config)
+    made['config']['model']['attention']['kernel'] = kernel
+    return made
+
+
+def test_paired_is_the_t_test_of_related_samples():
+    """Catches an interval that forgets the pairs, or that takes the normal for Student's t."""
+    rng = np.random.default_rng(0)
+    ours, baseline = rng.normal(size=(2, 5))
+    result = comparison.paired(dict(enumerate(ours)), dict(enumerate(baseline)))
+    expected = stats.ttest_rel(ours, baseline)
+    interval = expected.confidence_interval(0.95)
+    np.testing.assert_allclose(
+        [result['mean'], result['low'], result['high'], result['p']],
+        [np.mean(ours - baseline), interval.low, interval.high, expected.pvalue],
+    )
+
+
+def test_pairs_are_made_by_seed():
+    """Catches pairs in the order of files: the seeds here come in another order, and one alone."""
+    result = comparison.paired({2: 3.0, 1: 1.5, 7: 100.0}, {1: 1.0, 2: 2.0})
+    assert result['n'] == 2
+    np.testing.assert_allclose(result['mean'], 0.75)
+
+
+def test_one_pair_supports_nothing():
+    assert comparison.paired({0: 0.9}, {0: 0.1, 1: 0.1}) is None
+    same = comparison.paired({0: 0.5, 1: 0.5}, {0: 0.5, 1: 0.5})
+    assert (same['low'], same['high'], same['p']) == (0.0, 0.0, 1.0)
+
+
+def test_holm_by_hand():
+    """0.01 × 3, 0.02 × 2, and 0.03 × 1, which may not fall below the one before."""
+    corrected = comparison.holm({'a': 0.03, 'b': 0.01, 'c': 0.02})
+    assert corrected == pytest.approx({'b': 0.03, 'c': 0.04, 'a': 0.04})
+    assert comparison.holm({'a': 0.9, 'b': 0.8}) == {'b': 1.0, 'a': 1.0}
+
+
+def test_against_corrects_for_the_number_of_kernels():
+    rows = [
+        row(kernel, seed, accuracy)
+        for kernel, accuracies in {
+            'exact': (0.80, 0.81, 0.79), 'relu': (0.82, 0.83, 0.812), 'gelu': (0.80, 0.82, 0.78),
+        }.items()
+        for seed, accuracy in enumerate(accuracies)
+    ]  # fmt: skip
+    results = comparison.against(comparison.by_kernel(rows), 'exact', 'test_accuracy')
+    assert list(results) == ['relu', 'gelu']
+    assert results['relu']['holm_p'] == pytest.approx(2 * results['relu']['p'])
+    assert results['gelu']['holm_p'] == pytest.approx(results['gelu']['p'])
+    assert results['relu']['low'] > 0 > results['gelu']['low']
+
+
+def test_a_comparison_changes_one_thing():
+    rows = [row(), row('relu', 1), row('relu', 2, num_epochs=4)]
+    comparison.check_one_factor(rows[:2])
+    with pytest.raises(BadInput, match=r"'relu' and seed 2 .* num_epochs \(3 and 4\) differ"):
+        comparison.check_one_factor(rows)
+    with pytest.raises(BadInput, match='digits differ'):
+        comparison.check_one_factor([row(), {**row('relu'), 'dataset': 'digits'}])
+
+
+def test_the_same_run_twice_is_refused():
+    with pytest.raises(BadInput, match="two runs with kernel 'relu' and seed 1"):
+        comparison.by_kernel([row('relu', 1), row('relu', 1)])
