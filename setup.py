@@ -34,6 +34,7 @@ setup(
         'orbax-checkpoint>=0.12.8',
         'requests>=2.32',
         'scikit-learn>=1.9',
+        'scipy>=1.16',
         # clu.metric_writers imports it, and TensorFlow no longer brings it.
         'tensorboard>=2.21',
         # Reads the prepared data sets and writes TensorBoard's files; it never computes anything
@@ -50,7 +51,6 @@ setup(
             'pytest>=9.2',
             'pytest-xdist>=3.8',
             'ruff>=0.17',
-            'scipy>=1.16',
         ],
         # Peers to measure against; nothing in the package imports them otherwise.
         'bench': ['performer-pytorch>=1.1.4', 'torch>=2.13'],

@@ -1,7 +1,7 @@
 """Several runs side by side: mean and spread over seeds, paired differences, what they support.
 
 A run is the content of its `results.json`. Runs of one comparison differ in the attention kernel
-and in the seed alone; a pair is two runs of the same seed, which begin with the same weights and see
+and in the seed alone. A pair is two runs of the same seed: they begin with the same weights and see
 the same images in the same order.
 """
 
