@@ -25,8 +25,8 @@ def get_config(arguments: str = '') -> ConfigDict:
 
     config = ConfigDict()
     config.seed = 0  # Of the weights, the projections, the order of images, and augmentation.
-    config.num_epochs = 30
-    config.batch_size = 64  # Over all devices.
+    config.num_epochs = 12
+    config.batch_size = 128  # Over all devices.
 
     config.dataset = ConfigDict()
     config.dataset.name = datasets[0] if datasets else 'cifar10'
@@ -34,21 +34,27 @@ def get_config(arguments: str = '') -> ConfigDict:
     # What to do where the data set cannot be had: train on 'digits', or fail ('none'). Whoever
     # names a data set wants that one.
     config.dataset.fallback = 'none' if datasets else 'digits'
-    config.dataset.validation_fraction = 0.2  # Of the training set, stratified; 0.0: none.
+    config.dataset.validation_fraction = 0.1  # Of the training set, stratified; 0.0: none.
     config.dataset.split_seed = 0
 
     config.augment = ConfigDict()
     config.augment.crop_padding = 4  # Pixels of reflection around a random crop; 0: no crop.
-    config.augment.flip = True  # Mirror half of the images; never done to digits.
+    # Mirror images: 'alternating' sides from epoch to epoch, or 'random', or 'none'. Digits never.
+    config.augment.flip = 'alternating'
+    config.augment.randaugment_layers = 0  # Random operations on each image; 0: none.
+    config.augment.randaugment_magnitude = 5.0  # Of all of these operations, from 0 to 10.
+    config.augment.cutout = 0  # Pixels along a square that is erased; 0: none.
+    config.augment.mixup = 0.0  # α of Beta(α, α), the share of an image in a mixture; 0.0: off.
+    config.augment.cutmix = 0.0  # The same for pasted rectangles; with both on, either, by batch.
 
     config.model = ConfigDict()
     config.model.stem = 'conv'  # Or 'patch'.
     config.model.patch_size = 4  # Pixels along a token: 4, 2, 1 give 64, 256, 1,024 tokens.
-    config.model.stem_channels = (32, 64)  # Of the 'conv' stem.
-    config.model.width = 128
+    config.model.stem_channels = (64, 64)  # Of the 'conv' stem.
+    config.model.width = 256
     config.model.depth = 2
     config.model.num_heads = 4
-    config.model.mlp_dim = 256
+    config.model.mlp_dim = 512
     config.model.position = 'learned'  # Or 'sine'.
     config.model.pooling = 'gap'  # Or 'cls', 'map'.
     config.model.dropout_rate = 0.0
@@ -57,30 +63,40 @@ def get_config(arguments: str = '') -> ConfigDict:
 
     # The kernel is what makes a Performer of a ViT. The fields below it belong to the kernels that
     # have random features; 'exact' uses none of them, and 'ftheta' and 'ftheta_mixture', whose
-    # features are learnt, use num_features and hidden.
+    # features are learnt, start from a projection but never redraw it.
     config.model.attention = ConfigDict()
     config.model.attention.kernel = 'exact'
     config.model.attention.num_features = 64
     config.model.attention.projection = 'orthogonal'  # 'gaussian', 'simplex', …, 'none'.
     config.model.attention.row_norms = 'gaussian'  # Or 'sqrt_dim'; of orthogonal rows.
     config.model.attention.redraw_every = 0  # Steps between new projections; 0: never.
-    config.model.attention.hidden = 128  # Units of fθ's hidden layer.
+    # Units of fθ's hidden layer; 0: num_features, or twice as many for theta_init 'softmax'.
+    config.model.attention.hidden = 0
+    # What fθ is at the start: random weights ('lecun'), kernel 'relu', or nearly kernel 'softmax',
+    # which 'ftheta_mixture' alone can be.
+    config.model.attention.theta_init = 'relu'
+    # What has one fθ in common: 'all', or the 'sides' (queries and keys) of each head, or the
+    # 'heads', queries and keys apart, or 'none'.
+    config.model.attention.theta_sharing = 'all'
 
     config.optimizer = ConfigDict()
-    config.optimizer.name = 'adamw'  # Or 'adam', 'sgd'.
-    config.optimizer.learning_rate = 2e-3  # The highest that the schedule reaches.
-    config.optimizer.schedule = 'cosine'  # Or 'step'.
-    config.optimizer.warmup_epochs = 1.0
+    config.optimizer.name = 'muon'  # Or 'adamw', 'adam', 'sgd'.
+    config.optimizer.learning_rate = 4e-3  # The highest that the schedule reaches.
+    config.optimizer.schedule = 'linear'  # Or 'cosine', 'step'.
+    config.optimizer.warmup_epochs = 0.5
     config.optimizer.decay_epochs = 5.0  # 'step': every so many epochs…
     config.optimizer.decay_factor = 0.5  # …the rate is multiplied by this.
-    config.optimizer.momentum = 0.9  # Of 'sgd'.
+    config.optimizer.momentum = 0.95  # Of 'muon' and 'sgd'.
     config.optimizer.weight_decay = 0.05  # Not on biases, norms and embeddings.
     config.optimizer.clip_norm = 5.0  # Largest global norm of a gradient; 0.0: no clipping.
 
     config.label_smoothing = 0.1
-    config.ema_decay = 0.999  # Exponential moving average of the weights, evaluated; 0.0: none.
+    config.ema_decay = 0.99  # Exponential moving average of the weights, evaluated; 0.0: none.
     config.early_stopping_patience = 0  # Epochs without a lower validation loss; 0: never stop.
     config.test_state = 'best'  # Which state meets the test split: 'best' on validation, or 'last'.
+
+    # Test a second time, each image averaged with its mirror image; reported apart.
+    config.flip_averaging = False
 
     config.checkpoint = ConfigDict()
     config.checkpoint.every_epochs = 1

@@ -2,8 +2,10 @@
 
     python run.py --config=configs/performer_ftheta.py
 
-The ViT of `configs/vit.py` with another attention kernel, and nothing else changed. The mixture of
-a ReLU and an exponential branch is `--config.model.attention.kernel=ftheta_mixture`.
+The ViT of `configs/vit.py` with another attention kernel, and nothing else changed. It starts as
+`configs/performer_relu.py` and learns its features from there. The mixture of a ReLU and an
+exponential branch is `--config.model.attention.kernel=ftheta_mixture`; it may start as softmax
+features too, with `--config.model.attention.theta_init=softmax`.
 """
 
 from ml_collections import ConfigDict

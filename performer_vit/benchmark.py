@@ -1,7 +1,9 @@
 """Every claim of speed, memory and error as a command.
 
     python -m performer_vit.benchmark train_step --config=configs/performer_relu.py
+    python -m performer_vit.benchmark train_step --config=configs/vit.py:cifar10,study --peers
     python -m performer_vit.benchmark inference --config=configs/performer_relu.py --json=FILE
+    python -m performer_vit.benchmark tokens --config=configs/vit.py:cifar10,study --json=FILE
     python -m performer_vit.benchmark attention --lengths=256,1024,4096 --peers --json=FILE
     python -m performer_vit.benchmark approximation --json=FILE
 
@@ -11,6 +13,7 @@ medians over the rounds with the lowest and the highest beside them.
 
 import dataclasses
 import functools
+import importlib.metadata
 import itertools
 import pathlib
 import sys
@@ -19,19 +22,22 @@ import time
 from collections.abc import Callable, Mapping
 
 import jax
+import numpy as np
 from absl import app, flags, logging
 from flax import jax_utils
 from ml_collections import config_flags
 
 from performer_vit import (
     approximation,
+    attention_contenders,
     attention_speed,
+    augment,
     datasets,
     environment,
-    exact_attention,
     figures,
+    flops,
     input_pipeline,
-    linear_attention,
+    model_speed,
     predict,
     progress,
     timing,
@@ -45,33 +51,18 @@ from performer_vit.errors import BadInput
 _CONFIG = config_flags.DEFINE_config_file('config', None, 'A file of configs/.')
 _JSON = flags.DEFINE_string('json', None, 'Also write the figures to this file.')
 _ROUNDS = flags.DEFINE_integer('rounds', 5, 'How often each contender has its turn.', 1)
-_LENGTHS = flags.DEFINE_list('lengths', ['256', '1024', '4096'], 'Tokens of a sequence.')
+_LENGTHS = flags.DEFINE_list('lengths', ['64', '256', '1024', '4096'], 'Tokens.')
 _NUM_FEATURES = flags.DEFINE_list('num_features', ['256'], 'Random features of our kernels.')
 _CAUSAL = flags.DEFINE_bool('causal', False, 'Let a token attend to itself and earlier ones alone.')
-_PEERS = flags.DEFINE_bool('peers', False, 'Also measure PyTorch and performer-pytorch.')
+_PEERS = flags.DEFINE_bool(
+    'peers', False, "Also measure PyTorch, and performer-pytorch's attention."
+)
 _MEMORY = flags.DEFINE_bool('memory', False, 'Also measure the peak memory of each contender.')
 _QUADRATIC_LIMIT = flags.DEFINE_integer(
     'quadratic_limit', 4096,
     'The longest sequence for attention in quadratic time, or with a state kept for each token.', 1,
 )  # fmt: skip
 _DRAWS = flags.DEFINE_integer('draws', 15, 'Independent draws of inputs and projections.', 2)
-
-
-def count_flops(function: Callable, *arguments) -> float:
-    """FLOPs of a function under `pmap`, over all devices: XLA's count before it optimises.
-
-    XLA counts the body of a loop once however often it runs, and attention loops over blocks; so it
-    is counted in one block, which also leaves out what the backward pass computes twice.
-    """
-    sizes = exact_attention.BLOCK_SIZE, linear_attention.BLOCK_FEATURES
-    exact_attention.BLOCK_SIZE = sys.maxsize
-    linear_attention.BLOCK_FEATURES = {jax.default_backend(): sys.maxsize}
-    try:
-        # A function of its own, or JAX would find the trace of the one with blocks.
-        lowered = jax.pmap(lambda *args: function(*args), axis_name='batch').lower(*arguments)
-    finally:
-        exact_attention.BLOCK_SIZE, linear_attention.BLOCK_FEATURES = sizes
-    return lowered.cost_analysis()['flops'] * jax.device_count()
 
 
 def _prepare(config):
@@ -82,8 +73,8 @@ def _prepare(config):
     return dataset, training, state
 
 
-def _figures(config, dataset, training, flops: float, measured: Mapping[str, list]) -> dict:
-    """What both benchmarks report; `flops` are those of one batch."""
+def _figures(config, dataset, training, operations: float, measured: Mapping[str, list]) -> dict:
+    """What both benchmarks report; `operations` are the FLOPs of one batch."""
     batch_size = config.batch_size
     return {
         'config': config.to_dict(),
@@ -92,33 +83,36 @@ def _figures(config, dataset, training, flops: float, measured: Mapping[str, lis
         'num_params': training.num_params,
         'num_tokens': vit.num_tokens(training.model, dataset.image_shape),
         'batch_size': batch_size,
-        'gflop_per_image': flops / batch_size / 1e9,
+        'gflop_per_image': operations / batch_size / 1e9,
         'peak_gflop_per_second': timing.spread([value / 1e9 for value in measured['peak']]),
         'images_per_second': timing.spread(measured['images_per_second']),
         'gflop_per_second': timing.spread(
-            [value * flops / batch_size / 1e9 for value in measured['images_per_second']]
+            [value * operations / batch_size / 1e9 for value in measured['images_per_second']]
         ),
-        # Of each round, so that both numbers are of the same minute.
-        'fraction_of_peak': timing.spread([
-            images * flops / batch_size / peak
-            for images, peak in zip(measured['images_per_second'], measured['peak'], strict=True)
-        ]),
+        'fraction_of_peak': _ratio(
+            [value * operations / batch_size for value in measured['images_per_second']],
+            measured['peak'],
+        ),
         'device': environment.device(),
         'versions': environment.versions(),
     }  # fmt: skip
 
 
-def train_step(config, rounds: int) -> dict:
+def train_step(config, rounds: int, peers: bool = False) -> dict:
     """The bare train step on one fixed batch, the whole training loop, and the machine's peak.
 
-    The loop is `train.run_steps` with the real input pipeline, progress and TensorBoard.
+    The loop is `train.run_steps` with the real input pipeline, progress and TensorBoard. With
+    `peers` the same network, with the same weights, is trained by PyTorch in the same rounds.
     """
+    twin = _import_twin() if peers else None
+    if twin:
+        twin.check(config)
     dataset, training, state = _prepare(config)
     batches = functools.partial(
         input_pipeline.train_batches, dataset.train, seed=config.seed, batch_size=config.batch_size
     )
     fixed = next(batches(first_step=0, num_steps=1))
-    flops = count_flops(training.step_fn, state, fixed)
+    operations = flops.count(training.step_fn, state, fixed)
     started = time.perf_counter()
     step = train.compile_step(training, state, fixed)
     compile_seconds = time.perf_counter() - started
@@ -146,15 +140,68 @@ def train_step(config, rounds: int) -> dict:
             'images_per_second': lambda: turn(itertools.repeat(fixed), lambda *_: None),
             'loop_images_per_second': lambda: turn(stream, observe),
         }
+        if twin:
+            contenders['torch_images_per_second'] = _torch_turn(
+                twin, config, dataset, training, fixed
+            )
         measured = timing.alternate(contenders, rounds)
         shown.close()
-    loops = zip(measured['loop_images_per_second'], measured['images_per_second'], strict=True)
-    return {
-        **_figures(config, dataset, training, flops, measured),
+    values = {
+        **_figures(config, dataset, training, operations, measured),
         'compile_seconds': compile_seconds,
         'loop_images_per_second': timing.spread(measured['loop_images_per_second']),
-        'loop_over_bare_step': timing.spread([loop / bare for loop, bare in loops]),
+        'loop_over_bare_step': _ratio(
+            measured['loop_images_per_second'], measured['images_per_second']
+        ),
     }
+    if twin:
+        values |= {
+            'torch_images_per_second': timing.spread(measured['torch_images_per_second']),
+            'bare_step_over_torch': _ratio(
+                measured['images_per_second'], measured['torch_images_per_second']
+            ),
+            'torch_device': f'cpu, {attention_contenders.num_cores()} threads',
+            'included': twin.INCLUDES,
+        }
+        values['versions']['torch'] = importlib.metadata.version('torch')
+    return values
+
+
+def _ratio(numerators: list[float], denominators: list[float]) -> dict[str, float]:
+    """Of each round, so that both numbers are of the same minute."""
+    return timing.spread([a / b for a, b in zip(numerators, denominators, strict=True)])
+
+
+def _import_twin():
+    try:
+        from performer_vit import torch_vit
+    except ImportError as error:
+        raise BadInput(
+            f'--peers needs PyTorch, which cannot be imported ({error}). Install it with: '
+            "pip install -e '.[bench]'"
+        ) from error
+    return torch_vit
+
+
+def _torch_turn(twin, config, dataset, training, batch: dict) -> Callable[[], float]:
+    """Steps of the PyTorch twin on the fixed batch, as many as ours: images/s."""
+    model = twin.from_flax(config.model, training.state.params, training.state.projections)
+    average = twin.make_average(model) if config.ema_decay else None
+    step = twin.make_train_step(model, average, config, training.steps_per_epoch)
+    images = augment.normalize(batch['image'], dataset.mean, dataset.std)
+    images = np.asarray(images).reshape(-1, *dataset.image_shape)
+    batch = twin.make_batch(images, np.ravel(batch['label']))
+    step(*batch)
+    count = config.log_every_steps
+
+    def turn() -> float:
+        started = time.perf_counter()
+        for _ in range(count):
+            loss = step(*batch)
+        loss.item()
+        return count * config.batch_size / (time.perf_counter() - started)
+
+    return turn
 
 
 def inference(config, rounds: int) -> dict:
@@ -166,7 +213,7 @@ def inference(config, rounds: int) -> dict:
     batch = next(input_pipeline.eval_batches(split, batch_size=config.batch_size))
     forward = predict.make_forward(training.model, dataset)
     arguments = (state.evaluated_params, state.projections, batch['image'])
-    flops = count_flops(forward, *arguments)
+    operations = flops.count(forward, *arguments)
     compiled = jax.pmap(forward, axis_name='batch').lower(*arguments).compile()
     jax.block_until_ready(compiled(*arguments))
     count = config.log_every_steps
@@ -178,7 +225,7 @@ def inference(config, rounds: int) -> dict:
         return count * config.batch_size / (time.perf_counter() - started)
 
     measured = timing.alternate({'peak': timing.matmul_peak(), 'images_per_second': turn}, rounds)
-    return _figures(config, dataset, training, flops, measured)
+    return _figures(config, dataset, training, operations, measured)
 
 
 def table(measured: Mapping) -> str:
@@ -190,6 +237,8 @@ def table(measured: Mapping) -> str:
         'fraction_of_peak': ('', '{:.1%} of the peak'),
         'loop_images_per_second': ('whole loop', '{:,.1f} images/s'),
         'loop_over_bare_step': ('', '{:.1%} of the bare step'),
+        'torch_images_per_second': ('PyTorch, one fixed batch', '{:,.1f} images/s'),
+        'bare_step_over_torch': ("ours over PyTorch's", '{:.2f} times the speed'),
     }
     lines = [
         f'{measured["kernel"]} on {measured["dataset"]}: {measured["num_params"]:,} parameters, '
@@ -200,7 +249,7 @@ def table(measured: Mapping) -> str:
         if field in measured:
             value = measured[field]
             low, high = (unit.split(' ')[0].format(value[end]) for end in ('low', 'high'))
-            lines.append(f'{label:<23}{unit.format(value["median"])}  ({low} to {high})')
+            lines.append(f'{label:<26}{unit.format(value["median"])}  ({low} to {high})')
     return '\n'.join(lines)
 
 
@@ -246,12 +295,34 @@ def _draw_approximation(values: dict, path: pathlib.Path) -> None:
     figures.approximation(values, path.parent)
 
 
+def _tokens() -> dict:
+    return model_speed.study(
+        _CONFIG.value,
+        lengths=_integers('lengths', _LENGTHS.value),
+        rounds=_ROUNDS.value,
+        quadratic_limit=_QUADRATIC_LIMIT.value,
+        on_progress=_say,
+    )
+
+
+def _draw_tokens(values: dict, path: pathlib.Path) -> None:
+    figures.save(figures.model_speed(values), path.with_suffix('.png'), num_colours=128)
+
+
 BENCHMARKS = {
     'train_step': Benchmark(
-        ('config', 'rounds'), lambda: train_step(_CONFIG.value, _ROUNDS.value), table
+        ('config', 'rounds', 'peers'),
+        lambda: train_step(_CONFIG.value, _ROUNDS.value, _PEERS.value),
+        table,
     ),
     'inference': Benchmark(
         ('config', 'rounds'), lambda: inference(_CONFIG.value, _ROUNDS.value), table
+    ),
+    'tokens': Benchmark(
+        ('config', 'lengths', 'quadratic_limit', 'rounds'),
+        _tokens,
+        model_speed.table,
+        _draw_tokens,
     ),
     'attention': Benchmark(
         ('lengths', 'num_features', 'causal', 'peers', 'memory', 'quadratic_limit', 'rounds'),

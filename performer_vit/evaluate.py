@@ -244,6 +244,9 @@ def summary_table(results: dict) -> str:
         ('device', results.get('device')),
         *(results.get('versions') or {}).items(),
     ]
+    if 'flip_averaged_test_accuracy' in results:
+        accuracy = _percent(results['flip_averaged_test_accuracy'])
+        rows.append(('test accuracy, averaged with mirror images', accuracy))
     width = max(len(name) for name, _ in rows)
     return '\n'.join(f'{name:<{width}}  {"-" if value is None else value}' for name, value in rows)
 
@@ -332,6 +335,7 @@ def describe(config, dataset: datasets.Dataset, model, num_params: int) -> dict:
     featureless = ('exact', 'mean', 'none')
     projected = attention.kernel not in (*featureless, 'ftheta', 'ftheta_mixture')
     return {
+        'config': config.to_dict(),
         'dataset': dataset.name,
         'kernel': attention.kernel,
         'num_features': None if attention.kernel in featureless else attention.num_features,
@@ -343,6 +347,23 @@ def describe(config, dataset: datasets.Dataset, model, num_params: int) -> dict:
         'seed': config.seed,
         'device': environment.device(),
         'versions': environment.versions(),
+    }
+
+
+def flip_averaged(
+    log_probabilities: np.ndarray, mirrored: np.ndarray, labels: np.ndarray
+) -> dict[str, float]:
+    """Accuracy and loss where an image's probabilities are the mean of its own and its mirror's.
+
+    Args:
+        log_probabilities: (n, K), natural logarithm.
+        mirrored: (n, K), of the mirror images.
+        labels: (n,) integers.
+    """
+    averaged = np.logaddexp(log_probabilities, mirrored) - math.log(2)
+    return {
+        'flip_averaged_test_accuracy': accuracy(labels, averaged),
+        'flip_averaged_test_loss': negative_log_likelihood(labels, averaged),
     }
 
 
@@ -393,6 +414,9 @@ def evaluate_run(workdir: str | os.PathLike) -> dict:
     state = jax_utils.replicate(state, axis_name='batch')
     forward = predict.compile_forward(model, dataset, state, config.batch_size)
     log_probabilities, seconds = predict.timed(forward, state, dataset.test)
+    if config.flip_averaging:
+        mirrored = forward(state, predict.mirrored(dataset.test))
+        results.update(flip_averaged(log_probabilities, mirrored, dataset.test.labels))
     results.update(
         inference_seconds=seconds,
         evaluation_device=environment.device(),

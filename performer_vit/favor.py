@@ -47,6 +47,11 @@ _SOFTMAX_ESTIMATORS = (
 )
 KERNELS = ('exact', *_SOFTMAX_ESTIMATORS, *_ELEMENTWISE, *_LEARNT)
 
+# What has one fθ in common.
+THETA_SHARINGS = ('all', 'sides', 'heads', 'none')
+_OWN_HEADS = ('sides', 'none')
+_OWN_SIDES = ('heads', 'none')
+
 # A row of W makes two features of these: e^{±w·x}, or the cosine and the sine.
 _PAIRED = ('softmax_hyperbolic', 'softmax_trigonometric')
 _SIGNED = ('softmax_trigonometric', 'identity')
@@ -59,6 +64,8 @@ _WHOLE = {
 }
 
 Kernel = str | Callable[[jax.Array], jax.Array]
+# One map, or one of 'query' and one of 'key'.
+Thetas = feature_maps.Theta | dict[str, feature_maps.Theta]
 
 # More heads than tokens, and more than this: someone has swapped the axes.
 MANY_HEADS = 64
@@ -72,7 +79,7 @@ def favor_attention(
     kernel: Kernel,
     projection: jax.Array | None = None,
     mask: jax.Array | None = None,
-    theta: feature_maps.Theta | None = None,
+    theta: Thetas | None = None,
     is_causal: bool = False,
     segment_ids: jax.Array | None = None,
     temperature: float | None = None,
@@ -117,7 +124,9 @@ def favor_attention(
         kernels that apply a function to each element, refused by 'exact' and fθ.
       mask: bool, an array or nested lists, broadcastable to [batch…, H, N, M] by NumPy's rules
         (axes aligned from the right), True where a query may attend to a key; None for all.
-      theta: weights of `feature_maps.init_theta` for 'ftheta' and 'ftheta_mixture' alone.
+      theta: weights of `feature_maps.init_theta` for 'ftheta' and 'ftheta_mixture' alone. With a
+        leading axis of G on every array, each key head has its own map, and so have the query heads
+        that attend to it. {'query': theta, 'key': theta} has one for queries and one for keys.
       is_causal: whether query n attends to the keys m ≤ n + (M - N) alone; M ≥ N.
       segment_ids: [batch…, N] integers of packed sequences, an array or nested lists, N = M: tokens
         attend within their run of equal ids.
@@ -133,7 +142,7 @@ def favor_attention(
       BadInput: unknown kernel; an argument of the wrong shape or dtype, or missing, or not for this
         kernel, or not together with another.
     """
-    _check_weights(kernel, projection, theta, query.shape[-1])
+    _check_weights(kernel, projection, theta, query.shape[-1], key.shape[-2:-1])
     mask = _check_inputs(query, key, value, mask)
     warn_of_many_heads(*query.shape[-3:-1])
     segment_ids = _as_array('segment_ids', segment_ids)
@@ -182,7 +191,7 @@ def attention_matrix(
     kernel: Kernel,
     projection: jax.Array | None = None,
     mask: jax.Array | None = None,
-    theta: feature_maps.Theta | None = None,
+    theta: Thetas | None = None,
     is_causal: bool = False,
     segment_ids: jax.Array | None = None,
     temperature: float | None = None,
@@ -201,7 +210,7 @@ def attention_matrix(
     Raises:
       BadInput: see `favor_attention`.
     """
-    _check_weights(kernel, projection, theta, query.shape[-1])
+    _check_weights(kernel, projection, theta, query.shape[-1], key.shape[-2:-1])
     mask = _check_inputs(query, key, key, mask)
     warn_of_many_heads(*query.shape[-3:-1])
     segment_ids = _as_array('segment_ids', segment_ids)
@@ -223,7 +232,7 @@ def init_state(
     *,
     kernel: Kernel,
     projection: jax.Array | None = None,
-    theta: feature_maps.Theta | None = None,
+    theta: Thetas | None = None,
     temperature: float | None = None,
 ) -> linear_attention.State:
     """The state of a generation before its first token, for `extend`.
@@ -241,8 +250,9 @@ def init_state(
     Raises:
       BadInput: a kernel that has no state, or see `favor_attention`.
     """
-    options = _decoding_options(kernel, projection, theta, key.shape[-1], temperature)
-    return linear_attention.init_state(key, value, options['feature_map'])
+    options = _decoding_options(kernel, projection, theta, key, temperature)
+    feature_map = options['key_feature_map'] or options['feature_map']
+    return linear_attention.init_state(key, value, feature_map)
 
 
 def extend(
@@ -254,7 +264,7 @@ def extend(
     kernel: Kernel,
     projection: jax.Array | None = None,
     mask: jax.Array | None = None,
-    theta: feature_maps.Theta | None = None,
+    theta: Thetas | None = None,
     temperature: float | None = None,
     block_size: int | None = None,
 ) -> tuple[jax.Array, linear_attention.State]:
@@ -277,7 +287,7 @@ def extend(
       BadInput: see `init_state` and `favor_attention`; also a state of other shapes than these
         arrays and this kernel have.
     """
-    options = _decoding_options(kernel, projection, theta, key.shape[-1], temperature)
+    options = _decoding_options(kernel, projection, theta, key, temperature)
     mask = _check_inputs(query, key, value, mask)
     key_mask = _key_mask(mask, key.shape[-3])
     if mask is not None and key_mask is None:
@@ -296,7 +306,8 @@ class FavorAttention(nn.Module):
     The projection is the variable `matrix` of the collection `projections`, which no optimiser
     sees: `projections.draw(seed, layer, 0, ...)`, with the layer's number taken from the module's
     path, so that every layer has its own. It is saved with the model, and `redraw_projections`
-    draws it anew. One matrix, or one fθ, serves all heads, queries and keys.
+    draws it anew. One matrix serves all heads, queries and keys; `theta_sharing` says what one fθ
+    serves. fθ's weights are the params `theta`, as `favor_attention` takes them.
 
     When the collection `intermediates` is mutable, the normalised [..., H, N, M] matrix is sown
     there as `attention_map`; otherwise it is never formed.
@@ -306,11 +317,19 @@ class FavorAttention(nn.Module):
       num_features: R. 0 means the head dimension, for projection 'none' and for fθ; otherwise an
         integer ≥ 1, even for 'softmax_hyperbolic' and 'softmax_trigonometric', whose W has half as
         many rows. Kernel 'exact' has no features and ignores it, as it does `projection`.
-      projection: one of `projections.PROJECTIONS`; fθ has none and ignores it.
+      projection: one of `projections.PROJECTIONS`; of fθ, what it starts from, see `theta_init`.
       row_norms: one of `projections.ROW_NORMS`; 'gaussian' rows have their own.
       is_causal, temperature: see `favor_attention`.
-      hidden: width of fθ's hidden layer.
-      seed: the seed of the projections; fθ's weights come from the `params` stream, as usual.
+      hidden: width of fθ's hidden layer; 0 for as many units as `theta_init` needs: R, or 2R for
+        'softmax'.
+      theta_init: what fθ is at the start, see `feature_maps.init_theta`. 'relu' is kernel 'relu'
+        with the projection that it would have in this place, 'softmax' nearly kernel 'softmax', of
+        'ftheta_mixture' alone; 'lecun' is random weights, and ignores `projection`.
+      theta_sharing: what has one fθ in common: 'all' heads, queries and keys, so that the kernel is
+        symmetric; the two 'sides', queries and keys, of a head, and each head has its own; the
+        'heads', and queries have one, keys another; or 'none' of them. Query heads that share a key
+        head share its fθ in any case. The maps of queries and keys start with equal weights.
+      seed: the seed of the projections; fθ's other weights come from the `params` stream, as usual.
       dtype: the dtype of the computation; None for the inputs' common one. Features, sums and
         normaliser are in float32, and fθ's params float32, whatever it is.
     """
@@ -324,6 +343,8 @@ class FavorAttention(nn.Module):
     hidden: int = 128
     seed: int = 0
     dtype: Any = None
+    theta_init: str = 'lecun'
+    theta_sharing: str = 'all'
 
     @nn.compact
     def __call__(
@@ -357,29 +378,36 @@ class FavorAttention(nn.Module):
             'segment_ids': segment_ids,
             'temperature': self.temperature,
         }
+        draw = functools.partial(
+            projections.draw,
+            self.seed,
+            _layer_number(self.path),
+            0,
+            _num_rows(self.kernel, num_features),
+            head_dim,
+            self.projection,
+            self.row_norms,
+        )
+        choose('theta_init', self.theta_init, feature_maps.THETA_INITS)
+        choose('theta_sharing', self.theta_sharing, THETA_SHARINGS)
         if self.kernel in _LEARNT:
-            if self.hidden < 1:
-                raise BadInput(f'hidden is {self.hidden}; set it to 1 or more.')
+
+            def init(random_key: jax.Array) -> feature_maps.Theta:
+                return feature_maps.init_theta(
+                    random_key,
+                    head_dim,
+                    self.hidden,
+                    num_features,
+                    mixture=self.kernel == 'ftheta_mixture',
+                    theta_init=self.theta_init,
+                    projection=None if self.theta_init == 'lecun' else draw(),
+                )
+
             weights['theta'] = self.param(
-                'theta',
-                functools.partial(feature_maps.init_theta, mixture=self.kernel == 'ftheta_mixture'),
-                head_dim,
-                self.hidden,
-                num_features,
+                'theta', _init_thetas, init, key.shape[-2], self.theta_sharing
             )
         elif self.kernel != 'exact' and self.projection != 'none':
-            weights['projection'] = self.variable(
-                'projections',
-                'matrix',
-                projections.draw,
-                self.seed,
-                _layer_number(self.path),
-                0,
-                _num_rows(self.kernel, num_features),
-                head_dim,
-                self.projection,
-                self.row_norms,
-            ).value
+            weights['projection'] = self.variable('projections', 'matrix', draw).value
         if self.is_mutable_collection('intermediates'):
             self.sow('intermediates', 'attention_map', attention_matrix(query, key, **weights))
         return favor_attention(query, key, value, **weights)
@@ -561,16 +589,13 @@ def _prepare(
     key_mask: jax.Array | None,
     kernel: Kernel,
     projection: jax.Array | None,
-    theta: feature_maps.Theta | None,
+    theta: Thetas | None,
     is_causal: bool,
     temperature: float | None,
     axis_name: Any,
 ) -> tuple[jax.Array, jax.Array, dict[str, Any]]:
     """What `linear_attention`'s functions take in place of queries, keys and the kernel's name."""
-    options = {
-        'feature_map': _feature_map(kernel, projection, theta, temperature),
-        'signed': kernel in _SIGNED,
-    }
+    options = _options(kernel, projection, theta, temperature)
     if kernel == 'cosine':
         return *_with_angles(query, key, is_causal, axis_name), options
     if kernel != 'softmax_optimal':
@@ -620,6 +645,47 @@ def _with_angles(
     return append(query, num_keys - num_queries if is_causal else 0), append(key, 0)
 
 
+def _init_thetas(
+    random_key: jax.Array,
+    init: Callable[[jax.Array], feature_maps.Theta],
+    num_heads: int,
+    sharing: str,
+) -> Thetas:
+    """The maps that `init` makes, in the layout of `favor_attention`."""
+    if sharing in _OWN_HEADS:
+        theta = jax.vmap(init)(jax.random.split(random_key, num_heads))
+    else:
+        theta = init(random_key)
+    if sharing in _OWN_SIDES:
+        # Equal: features of two maps that have nothing to do with each other make no kernel.
+        return {'query': theta, 'key': jax.tree.map(jnp.copy, theta)}
+    return theta
+
+
+def _options(
+    kernel: Kernel,
+    projection: jax.Array | None,
+    theta: Thetas | None,
+    temperature: float | None,
+) -> dict[str, Any]:
+    """The kernel as `linear_attention`'s functions take it."""
+    query_theta, *key_theta = _sides(theta)
+    return {
+        'feature_map': _feature_map(kernel, projection, query_theta, temperature),
+        'key_feature_map': (
+            _feature_map(kernel, projection, *key_theta, temperature) if key_theta else None
+        ),
+        'signed': kernel in _SIGNED,
+    }
+
+
+def _sides(theta: Thetas | None) -> tuple[feature_maps.Theta | None, ...]:
+    """The map of queries and keys, or that of queries and that of keys."""
+    if theta is not None and theta.keys() == {'query', 'key'}:
+        return theta['query'], theta['key']
+    return (theta,)
+
+
 def _feature_map(
     kernel: Kernel,
     projection: jax.Array | None,
@@ -643,10 +709,16 @@ def _feature_map(
         features = _ELEMENTWISE[kernel](x[..., :-2], projection, temperature=temperature)
         return jnp.concatenate([features * x[..., -2:-1], features * x[..., -1:]], axis=-1)
 
+    def learnt(x: jax.Array, theta: feature_maps.Theta) -> jax.Array:
+        return _LEARNT[kernel](x, theta, temperature=temperature)
+
     if callable(kernel):
         return lambda x: feature_maps.elementwise(x, projection, kernel, temperature=temperature)
+    if kernel in _LEARNT and theta['hidden_kernel'].ndim == 3:
+        # Each map for its head: maps see [..., G, T, D].
+        return lambda x: jax.vmap(learnt, (-3, 0), -3)(x, theta)
     if kernel in _LEARNT:
-        return lambda x: _LEARNT[kernel](x, theta, temperature=temperature)
+        return lambda x: learnt(x, theta)
     if kernel == 'cosine':
         return cosine
     if kernel in _ELEMENTWISE:
@@ -676,21 +748,18 @@ def _with_patterns(
 def _decoding_options(
     kernel: Kernel,
     projection: jax.Array | None,
-    theta: feature_maps.Theta | None,
-    head_dim: int,
+    theta: Thetas | None,
+    key: Any,
     temperature: float | None,
 ) -> dict[str, Any]:
-    _check_weights(kernel, projection, theta, head_dim)
+    _check_weights(kernel, projection, theta, key.shape[-1], key.shape[-2:-1])
     if kernel in _WHOLE:
         others = ', '.join(name for name in KERNELS if name not in _WHOLE)
         raise BadInput(
             f'kernel is {kernel!r}, which needs {_WHOLE[kernel]} and has no state to continue '
             f'from. Choose one of {others}.'
         )
-    return {
-        'feature_map': _feature_map(kernel, projection, theta, temperature),
-        'signed': kernel in _SIGNED,
-    }
+    return _options(kernel, projection, theta, temperature)
 
 
 def _refuse_axis(axis_name: Any, kernel: Kernel) -> None:
@@ -772,8 +841,9 @@ def _num_rows(kernel: Kernel, num_features: int) -> int:
 def _check_weights(
     kernel: Kernel,
     projection: jax.Array | None,
-    theta: feature_maps.Theta | None,
+    theta: Thetas | None,
     head_dim: int,
+    heads: tuple[int, ...],
 ) -> None:
     if callable(kernel):
         _check_positive(kernel)
@@ -784,6 +854,9 @@ def _check_weights(
             f'theta is {"missing" if theta is None else "given"} for kernel {kernel!r}; it belongs '
             'to ftheta and ftheta_mixture alone. Make it with feature_maps.init_theta.'
         )
+    if theta is not None:
+        for one in _sides(theta):
+            _check_theta(kernel, one, head_dim, heads)
     if projection is None:
         if kernel in _SOFTMAX_ESTIMATORS:
             raise BadInput(
@@ -797,6 +870,24 @@ def _check_weights(
         raise BadInput(
             f'projection has shape {projection.shape}; allowed is [R, D] with R ≥ 1 and the head '
             f'dimension D = {head_dim}. Draw it for that dimension.'
+        )
+
+
+def _check_theta(
+    kernel: Kernel, theta: feature_maps.Theta, head_dim: int, heads: tuple[int, ...]
+) -> None:
+    init = functools.partial(feature_maps.init_theta, mixture=kernel == 'ftheta_mixture')
+    given = {name: jnp.shape(array) for name, array in theta.items()}
+    hidden, num_features = (
+        (given.get(name) or (1,))[-1] for name in ('hidden_bias', 'output_bias')
+    )
+    allowed = jax.eval_shape(lambda: init(jax.random.key(0), head_dim, hidden, num_features))
+    allowed = {name: leaf.shape for name, leaf in allowed.items()}
+    if given not in (allowed, {name: (*heads, *shape) for name, shape in allowed.items()}):
+        raise BadInput(
+            f'theta has the shapes {given} for kernel {kernel!r}; allowed are {allowed}, all of '
+            f'them with a leading axis {heads} of the key heads or none without it. Make it with '
+            'feature_maps.init_theta, and stack the maps of heads.'
         )
 
 

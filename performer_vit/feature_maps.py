@@ -19,14 +19,17 @@ leading axes. `temperature` is a Python number, known at compilation.
 import math
 import numbers
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from performer_vit.errors import BadInput
+from performer_vit.errors import BadInput, choose
 
 Theta = dict[str, jax.Array]
+
+THETA_INITS = ('lecun', 'relu', 'softmax')
 
 # Where f can be 0 a query may have no active feature, and a key none in common with it. This much
 # is added to f, so that the normaliser is at least ε² for each key attended to: far above what
@@ -36,6 +39,10 @@ EPSILON = 1e-3
 
 # min over u of GELU(u) = u Φ(u), taken at u = -0.7517915...
 GELU_MINIMUM = -0.16997120747990369
+
+# `mixture_logit` and `norm_weight` at the start. The branch that fθ starts without has the weight
+# sigmoid(-4) = 0.018: little, but the logit's gradient is proportional to it.
+_MIXTURE_INITS = {'lecun': (0.0, 0.0), 'relu': (4.0, 1.0), 'softmax': (-4.0, 1.0)}
 
 # The exponential branch of fθ's mixture stays within exp(±10): its products, summed over thousands
 # of keys, are far from float32's largest number.
@@ -536,42 +543,108 @@ def cosine_reweight(features: jax.Array, positions: jax.Array, horizon: int) -> 
     return jnp.concatenate([features * cosine, features * sine], axis=-1)
 
 
-def init_theta(key: jax.Array, dim: int, hidden: int, num_features: int, *, mixture: bool) -> Theta:
-    """Initial weights of the learnable feature map fθ.
+def init_theta(
+    key: jax.Array,
+    dim: int,
+    hidden: int,
+    num_features: int,
+    *,
+    mixture: bool,
+    theta_init: str = 'lecun',
+    projection: jax.Array | None = None,
+) -> Theta:
+    """Initial weights of the learnable feature map fθ: of nothing, or of the kernel it generalises.
 
-    Kernels are normal with variance 1/fan-in (LeCun), biases 0; the mixture starts at equal weights
-    and temperature 1.
+    'lecun': kernels are normal with variance 1/fan-in, biases 0; the mixture has a = 1/2, t = 1 and
+    s = 0.
+
+    'relu': A₁ has the rows of W and A₂ is the identity, so that u = ReLU(Wx'), and `ftheta` is
+    `relu` of W. The mixture has a = 0.982, t = 1 and s = 1.
+
+    'softmax', of the mixture alone: A₁ has the rows of W and of -W, and A₂ = [I, -I], so that
+    u = ReLU(Wx') - ReLU(-Wx') = Wx'. With a = 0.018, t = 1 and s = 1 the map is nearly `softmax` of
+    W, as far as `MAX_EXPONENT` and ε let it.
+
+    Hidden units that these do not need are there to be learnt: their rows are drawn from N(0, I_D)
+    and weigh nothing in A₂, where their gradients are not 0.
 
     Args:
       key: a JAX random key.
       dim: D, the head dimension.
-      hidden: width of the hidden layer.
+      hidden: width of the hidden layer, at least R for 'relu' and 2R for 'softmax'; 0 for that, and
+        for R with 'lecun'.
       num_features: R.
       mixture: whether the weights are for `ftheta_mixture` rather than `ftheta`.
+      theta_init: one of `THETA_INITS`.
+      projection: W [R, D], for 'relu' and 'softmax' alone.
 
     Returns:
-      float32 arrays: `hidden_kernel` [D, hidden], `hidden_bias` [hidden], `output_kernel`
-      [hidden, R], `output_bias` [R]; for the mixture also the scalars `mixture_logit` and
-      `log_temperature`.
+      float32 arrays: `hidden_kernel` A₁ᵀ [D, hidden], `hidden_bias` [hidden], `output_kernel` A₂ᵀ
+      [hidden, R], `output_bias` [R]; for the mixture also the scalars `mixture_logit`,
+      `log_temperature` and `norm_weight`.
+
+    Raises:
+      BadInput: an unknown `theta_init`, one that the map has no branch for, too few hidden units,
+        or a projection that is missing, not wanted, or of another shape.
     """
+    choose('theta_init', theta_init, THETA_INITS)
+    if theta_init == 'softmax' and not mixture:
+        raise BadInput(
+            "theta_init is 'softmax' for ftheta, which has no exponential branch. Set it to 'relu' "
+            "or 'lecun', or the kernel to 'ftheta_mixture'."
+        )
+    needed = 2 * num_features if theta_init == 'softmax' else num_features
+    least = 1 if theta_init == 'lecun' else needed
+    if hidden and hidden < least:
+        raise BadInput(
+            f'hidden is {hidden}; theta_init {theta_init!r} with {num_features} features needs '
+            f'{least} or more. Set hidden to such a number, or to 0 for {needed}.'
+        )
+    hidden = hidden or needed
     hidden_key, output_key = jax.random.split(key)
-    init = jax.nn.initializers.lecun_normal()
+    if theta_init == 'lecun':
+        if projection is not None:
+            raise BadInput(
+                "projection is given, but theta_init 'lecun' draws its own weights. Leave it as "
+                "None, or set theta_init to 'relu', for example."
+            )
+        init = jax.nn.initializers.lecun_normal()
+        hidden_kernel = init(hidden_key, (dim, hidden), jnp.float32)
+        output_kernel = init(output_key, (hidden, num_features), jnp.float32)
+    else:
+        if projection is None or projection.shape != (num_features, dim):
+            raise BadInput(
+                f'projection is {"missing" if projection is None else projection.shape} for '
+                f'theta_init {theta_init!r}, which starts from its rows; allowed is [R, D] = '
+                f'{(num_features, dim)}, as projections.draw makes it for every projection but '
+                "'none'. Choose another projection, or set theta_init to 'lecun'."
+            )
+        rows, outputs = projection, jnp.eye(num_features)
+        if theta_init == 'softmax':
+            rows, outputs = (jnp.concatenate([x, -x]) for x in (rows, outputs))
+        spare = hidden - needed
+        rows = jnp.concatenate([rows, jax.random.normal(hidden_key, (spare, dim))])
+        hidden_kernel = rows.T.astype(jnp.float32)
+        output_kernel = jnp.pad(outputs, [(0, spare), (0, 0)]).astype(jnp.float32)
     theta = {
-        'hidden_kernel': init(hidden_key, (dim, hidden), jnp.float32),
+        'hidden_kernel': hidden_kernel,
         'hidden_bias': jnp.zeros((hidden,), jnp.float32),
-        'output_kernel': init(output_key, (hidden, num_features), jnp.float32),
+        'output_kernel': output_kernel,
         'output_bias': jnp.zeros((num_features,), jnp.float32),
     }
     if mixture:
-        theta['mixture_logit'] = jnp.zeros((), jnp.float32)
+        logit, norm_weight = _MIXTURE_INITS[theta_init]
+        theta['mixture_logit'] = jnp.full((), logit, jnp.float32)
         theta['log_temperature'] = jnp.zeros((), jnp.float32)
+        theta['norm_weight'] = jnp.full((), norm_weight, jnp.float32)
     return theta
 
 
 def ftheta(x: jax.Array, theta: Theta, *, temperature: float | None = None) -> jax.Array:
     """Learnable map φ(x) = (ReLU(u) + ε) / √R, at least ε/√R > 0 by construction.
 
-    u = A₂ ReLU(A₁ x' + b₁) + b₂, a perceptron of one hidden layer.
+    u = A₂ ReLU(A₁ x' + b₁) + b₂, a perceptron of one hidden layer. `relu` is one of these maps:
+    that with A₁ = W, A₂ = I and no biases.
 
     Args:
       x: [..., D].
@@ -588,11 +661,15 @@ def ftheta(x: jax.Array, theta: Theta, *, temperature: float | None = None) -> j
 
 
 def ftheta_mixture(x: jax.Array, theta: Theta, *, temperature: float | None = None) -> jax.Array:
-    """Learnable map φ(x) = (a ReLU(u) + (1 - a) exp(clamp(u/t, ±10)) + ε) / √R, at least ε/√R > 0.
+    """Learnable map φ(x) = (a ReLU(u) + (1 - a) exp(clamp(v, ±10)) + ε) / √R, at least ε/√R > 0.
 
-    u is the perceptron of `ftheta`; the weight a = sigmoid(`mixture_logit`) and the temperature
-    t = exp(`log_temperature`) of the exponential, which is not τ, are learnt, one of each for the
-    map.
+    v = u/t - s ‖x'‖²/2 with the perceptron u of `ftheta`. The weight a = sigmoid(`mixture_logit`)
+    of the ReLU, the temperature t = exp(`log_temperature`) of the exponential, which is not τ, and
+    s = `norm_weight`, of any sign, are learnt, one of each for the map.
+
+    With u = Wx', a = 0, t = 1 and s = 1 it is `softmax` but for ε and the clamp, which keeps
+    products within e^20 = 5e8. Unlike the softmax estimators it is not stabilised: where all of a
+    token's ‖x'‖²/2 - w_r·x' are far above -log ε = 6.9, its features are no more than ε.
 
     Args:
       x: [..., D].
@@ -607,8 +684,84 @@ def ftheta_mixture(x: jax.Array, theta: Theta, *, temperature: float | None = No
     """
     u = _perceptron(x, theta, temperature)
     weight = jax.nn.sigmoid(theta['mixture_logit'])
-    exponent = jnp.clip(u * jnp.exp(-theta['log_temperature']), -MAX_EXPONENT, MAX_EXPONENT)
+    exponent = u * jnp.exp(-theta['log_temperature'])
+    exponent = exponent - theta['norm_weight'] * _half_square(x, temperature)
+    exponent = jnp.clip(exponent, -MAX_EXPONENT, MAX_EXPONENT)
     return _normalise(weight * jax.nn.relu(u) + (1 - weight) * jnp.exp(exponent) + EPSILON)
+
+
+class KernelProfile(NamedTuple):
+    """K(x, y) over random planes; n norms, t angles, float32.
+
+    Attributes:
+      mean: [n, n, t] for ‖x‖, ‖y‖ and the angle between x and y.
+      deviation: standard deviation over the planes, of the same shape. It is 0 for a kernel that
+        depends on norms and angle alone.
+    """
+
+    mean: np.ndarray
+    deviation: np.ndarray
+
+
+def kernel_profile(
+    feature_map: Callable[[jax.Array], jax.Array],
+    dim: int,
+    norms: Any,
+    angles: Any,
+    key: jax.Array,
+    *,
+    key_feature_map: Callable[[jax.Array], jax.Array] | None = None,
+    num_planes: int = 64,
+) -> KernelProfile:
+    """The kernel that a feature map implies: K(x, y) = φ(x)·ψ(y) by norms and angle of x and y.
+
+    Both lie in a random plane through 0: x along its first axis, y at the angle from it. Planes are
+    drawn with uniform directions. For a learnt map φ is that of one head, such as
+    `functools.partial(ftheta, theta=jax.tree.map(lambda leaf: leaf[head], theta))`.
+
+    K of 'relu' with many Gaussian rows is ‖x'‖ ‖y'‖ (sin α + (π - α) cos α) / 2π, the arc-cosine
+    kernel of degree 1 (Cho and Saul 2009, "Kernel Methods for Deep Learning"), up to ε; that of
+    'softmax' is exp(x'·y').
+
+    Args:
+      feature_map: φ, from [..., D] to [..., R].
+      dim: D ≥ 2.
+      norms: [n] numbers > 0, of x and y as the map takes them: ‖x'‖ is ‖x‖/√τ.
+      angles: [t] numbers from 0 to π, in radians.
+      key: a JAX random key, of the planes.
+      key_feature_map: ψ, where keys have a map of their own; None for φ.
+      num_planes: ≥ 1.
+
+    Returns:
+      NumPy arrays: `mean` and `deviation`, both [n, n, t].
+
+    Raises:
+      BadInput: a number out of its range.
+    """
+    norms, angles = (np.asarray(values, np.float64) for values in (norms, angles))
+    for name, values, allowed in (
+        ('norms', norms, (norms > 0) & (norms < math.inf)),
+        ('angles', angles, (angles >= 0) & (angles <= math.pi)),
+    ):
+        if values.ndim != 1 or not values.size or not np.all(allowed):
+            raise BadInput(
+                f'{name} is {values}; allowed is a list of finite numbers, norms > 0, angles from '
+                '0 to π. Give at least one.'
+            )
+    if dim < 2 or num_planes < 1:
+        raise BadInput(
+            f'dim is {dim} and num_planes {num_planes}; a plane needs two dimensions. Set dim to 2 '
+            'or more and num_planes to 1 or more.'
+        )
+    plane = jax.random.normal(key, (num_planes, dim, 2), jnp.float32)
+    # Which sign a column gets does not matter: their directions stay uniform.
+    first, second = jnp.moveaxis(jnp.linalg.qr(plane)[0], -1, 0)
+    first, second = first[:, None], second[:, None]
+    directions = jnp.cos(angles)[:, None] * first + jnp.sin(angles)[:, None] * second
+    queries = feature_map(norms[:, None] * first)
+    keys = (key_feature_map or feature_map)(norms[:, None, None] * directions[:, None])
+    products = jnp.einsum('par,pbtr->pabt', queries, keys)
+    return KernelProfile(np.asarray(products.mean(axis=0)), np.asarray(products.std(axis=0)))
 
 
 def _accumulator(x: jax.Array) -> jnp.dtype:

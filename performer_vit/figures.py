@@ -49,6 +49,8 @@ MODEL_COLOURS = {
     'exp': '#DDCC77',
     'identity': '#777777',
     'cosine': '#117733',
+    'mean': '#A6761D',
+    'none': '#B0B0B0',
 }
 MODEL_NAMES = {
     'exact': 'ViT',
@@ -67,6 +69,8 @@ MODEL_NAMES = {
     'exp': 'Performer-exp(Wx)',
     'identity': 'Performer-identity',
     'cosine': 'Performer-cosine',
+    'mean': 'Mean pooling for attention',
+    'none': 'No attention',
 }
 # For figures of no model in particular: a grey that no model has.
 NEUTRAL = '#595959'
@@ -409,6 +413,54 @@ def comparison(rows: Sequence[dict], title: str) -> Figure:
     quality.tick_params(axis='y', length=0)
     quality.set_xlabel('test accuracy (%)')
     _tidy(quality, grid='x')
+    return figure
+
+
+def accuracy_by_time(rows: Sequence[dict]) -> Figure:
+    """Validation accuracy (%) against minutes of training, a line a run; a star is the test's.
+
+    Args:
+        rows: the contents of several results.json. `kernel`, `dataset`, `test_accuracy`, `device`
+            and `history` are used, and of an epoch of the history its `seconds` and its
+            `validation_accuracy`, None where there is no validation split.
+
+    Raises:
+        BadInput: if there are no rows.
+    """
+    if not rows:
+        raise BadInput('there are no runs; a curve of accuracy against time needs one or more.')
+    kernels = list(dict.fromkeys(row['kernel'] for row in rows))
+    subject = model_name(kernels[0]) if len(kernels) == 1 else 'ViT and Performers'
+    dataset = DATASET_NAMES.get(rows[0]['dataset'], rows[0]['dataset'])
+    figure = _figure(f'{subject} on {dataset}', height=4.2)
+    axes = figure.subplots()
+    for row in rows:
+        colour = MODEL_COLOURS[row['kernel']]
+        minutes = np.cumsum([epoch['seconds'] for epoch in row['history']]) / 60
+        values = [100 * _number(epoch['validation_accuracy']) for epoch in row['history']]
+        axes.plot(minutes, values, '-o', color=colour, markersize=4, linewidth=1.6)
+        axes.plot(
+            minutes[-1], 100 * row['test_accuracy'], '*', color=colour, markersize=15,
+            markeredgecolor='white', zorder=3,
+        )  # fmt: skip
+    if len(rows) == 1:
+        axes.annotate(
+            f'{rows[0]["test_accuracy"]:.2%} on the test images',
+            (minutes[-1], 100 * rows[0]['test_accuracy']),
+            xytext=(-8, 12), textcoords='offset points', ha='right',
+        )  # fmt: skip
+    axes.set_xlim(0, None)
+    axes.margins(y=0.12)
+    axes.set_xlabel(f'training (minutes on {rows[0]["device"]})')
+    axes.set_ylabel('accuracy (%)')
+    _tidy(axes)
+    handles = [Line2D([], [], color=MODEL_COLOURS[kernel], linewidth=2) for kernel in kernels]
+    names = [model_name(kernel) for kernel in kernels]
+    handles += [
+        Line2D([], [], color=NEUTRAL, marker='o', markersize=4),
+        Line2D([], [], color=NEUTRAL, marker='*', markersize=12, linestyle='none'),
+    ]
+    _legend_below(figure, handles, [*names, 'validation', 'test, once at the end'], columns=4)
     return figure
 
 
@@ -814,15 +866,15 @@ def attention_speed(measured: dict) -> Figure:
     return figure
 
 
-def _time_lines(axes: Axes, rows: Sequence[dict]) -> None:
+def _time_lines(
+    axes: Axes, rows: Sequence[dict], lines: dict = ATTENTION_LINES, field: str = 'seconds'
+) -> None:
     """A line for each contender, with bars from the lowest to the highest time."""
-    for contender, (kernel, line, marker, label) in ATTENTION_LINES.items():
+    for contender, (kernel, line, marker, label) in lines.items():
         own = [row for row in rows if row['contender'] == contender]
         if not own:
             continue
-        seconds = np.array(
-            [[row['seconds'][end] for row in own] for end in ('median', 'low', 'high')]
-        )
+        seconds = np.array([[row[field][end] for row in own] for end in ('median', 'low', 'high')])
         axes.errorbar(
             [row['length'] for row in own],
             seconds[0],
@@ -858,3 +910,56 @@ def _mark_crossing(axes: Axes, contender: str, rows: Sequence[dict], length: flo
     axes.plot(
         length, height, 'o', markersize=13, markerfacecolor='none', markeredgecolor=colour, zorder=4
     )
+
+
+# Whole models: seconds of an image against the number of tokens
+
+# Colours are models'; markers too, because lines of several Performers may be close.
+MODEL_LINES = {
+    'exact': ('exact', '-', 'o', MODEL_NAMES['exact']),
+    'jax_exact': ('exact', ':', 'o', 'ViT, attention of jax.nn'),
+    'relu': ('relu', '-', 's', MODEL_NAMES['relu']),
+    'gelu': ('gelu', '-', '^', MODEL_NAMES['gelu']),
+    'softmax': ('softmax', '-', 'D', MODEL_NAMES['softmax']),
+    'elu': ('elu', '-', 'v', MODEL_NAMES['elu']),
+    'ftheta': ('ftheta', '-', 'P', MODEL_NAMES['ftheta']),
+}
+
+
+def model_speed(measured: dict) -> Figure:
+    """Seconds of an image against its number of tokens, both axes logarithmic, a line a model.
+
+    Training steps on the left and inference on the right.
+
+    Args:
+        measured: what `model_speed.study` returns.
+    """
+    lengths = measured['settings']['lengths']
+    model = measured['settings']['config']['model']
+    figure = _figure(
+        f'Time of an image: width {model["width"]}, depth {model["depth"]}, '
+        f'{model["num_heads"]} heads',
+        height=4.8,
+    )
+    panels = figure.subplots(1, 2, sharex=True, sharey=True)
+    names = {'training': 'training step', 'inference': 'inference'}
+    for (which, name), axes in zip(names.items(), panels, strict=True):
+        axes.set(xscale='log', yscale='log')
+        rows = [
+            row for row in measured['rows'] if row['pass'] == which and 'seconds_per_image' in row
+        ]
+        _time_lines(axes, rows, MODEL_LINES, 'seconds_per_image')
+        axes.set_title(name, fontsize=11)
+        axes.set_xlabel('tokens of an image, N')
+        axes.set_xlim(lengths[0] / 1.2, lengths[-1] * 1.2)
+        axes.set_xticks(lengths, [f'{n:,}' for n in lengths])
+        axes.minorticks_off()
+        axes.yaxis.set_major_formatter(lambda value, position: f'{value:,g}')
+        _tidy(axes, grid='both')
+    panels[0].set_ylabel('seconds of an image')
+    drawn = {}  # A model may have run in one of the panels alone.
+    for axes in panels:
+        handles, labels = axes.get_legend_handles_labels()
+        drawn |= dict(zip(labels, handles, strict=True))
+    _legend_below(figure, list(drawn.values()), list(drawn), columns=4)
+    return figure

@@ -139,8 +139,8 @@ def train_batches(
 
     Returns:
         An iterator of dicts, already on the devices, two batches ahead:
-        image (L, B/(L·P), h, w, c) uint8, label (L, B/(L·P)) int32 and position (L, B/(L·P)) int32,
-        the position of each example in the global batch.
+        image (L, B/(L·P), h, w, c) uint8, and (L, B/(L·P)) int32 each of label, position (of the
+        example in the global batch) and index (of the example in the split).
 
     Raises:
         BadInput: at once, before the first batch: batch_size larger than the split or not a
@@ -158,6 +158,7 @@ def train_batches(
                 'image': split.images[chosen],
                 'label': split.labels[chosen],
                 'position': positions,
+                'index': chosen.astype(np.int32),
             }
 
     return jax_utils.prefetch_to_device(batches(), _PREFETCH, devices)

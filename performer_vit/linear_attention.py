@@ -11,7 +11,9 @@ devices are other orders of the same two steps.
 
 The feature map is an argument, and is applied block by block. N×R features would be most of the
 time and memory of linear attention: a block of them stays in a CPU's caches, and the backward pass
-computes it anew, so that what is kept for it is of the size of q, k and v.
+computes it anew, so that what is kept for it is of the size of q, k and v. Blocks have the key
+heads in front, [..., G, T, D'] with T keys of one or T queries of the heads that share it, so that
+a map may treat every key head in its own way. Keys may have another map than queries.
 
 Maps whose features leave float32's range give `LogFeatures`. The state then holds
 Σ_m φ(k_m)_r e^{-c_r} v_m with c_r the largest log φ(k_m)_r that was absorbed, and a query reads
@@ -105,6 +107,7 @@ def linear_attention(
     value: jax.Array,
     feature_map: FeatureMap | None = None,
     *,
+    key_feature_map: FeatureMap | None = None,
     key_mask: jax.Array | None = None,
     segment_ids: jax.Array | None = None,
     signed: bool = False,
@@ -120,9 +123,10 @@ def linear_attention(
       query: [..., N, H, D'].
       key: [..., M, G, D'], G dividing H.
       value: [..., M, G, D].
-      feature_map: the map of [..., D'] to features [..., R], or `LogFeatures`, that is applied to
-        blocks of queries and keys; None where `query` and `key` are features themselves. Features
-        must be non-negative unless `signed`.
+      feature_map: the map of [..., G, T, D'] to features [..., G, T, R], or `LogFeatures`, that is
+        applied to blocks of queries and keys; None where `query` and `key` are features themselves.
+        Features must be non-negative unless `signed`.
+      key_feature_map: that of keys, to as many features of the same kind; None for `feature_map`.
       key_mask: [..., M] bool, True where a key may be attended to; None for all. What the other
         positions hold, NaN included, has no effect.
       segment_ids: [..., N] integers for packed sequences, N = M: tokens attend within their run of
@@ -139,9 +143,9 @@ def linear_attention(
       gradient.
 
     Raises:
-      BadInput: arrays that do not fit together, or a block size below 1.
+      BadInput: arrays or feature maps that do not fit together, or a block size below 1.
     """
-    inputs = _prepare(query, key, value, feature_map, key_mask, signed, block_size)
+    inputs = _prepare(query, key, value, feature_map, key_feature_map, key_mask, signed, block_size)
     if segment_ids is not None:
         check_segments(segment_ids, query, key, axis_name)
         segments = runs(inputs.flat(segment_ids))
@@ -160,6 +164,7 @@ def causal_linear_attention(
     value: jax.Array,
     feature_map: FeatureMap | None = None,
     *,
+    key_feature_map: FeatureMap | None = None,
     key_mask: jax.Array | None = None,
     segment_ids: jax.Array | None = None,
     signed: bool = False,
@@ -178,7 +183,8 @@ def causal_linear_attention(
     With softmax features of D = 64 no product is that small for |q|, |k| up to about 100.
 
     Args:
-      query, key, value, feature_map, key_mask, signed: see `linear_attention`; M ≥ N.
+      query, key, value, feature_map, key_feature_map, key_mask, signed: see `linear_attention`;
+        M ≥ N.
       segment_ids: [..., N], N = M: tokens attend to their own and the earlier ones of their run of
         equal ids.
       axis_name: see `linear_attention`; devices hold consecutive stretches of one sequence in the
@@ -191,7 +197,7 @@ def causal_linear_attention(
     Raises:
       BadInput: see `linear_attention`; also fewer keys than queries.
     """
-    inputs = _prepare(query, key, value, feature_map, key_mask, signed, block_size)
+    inputs = _prepare(query, key, value, feature_map, key_feature_map, key_mask, signed, block_size)
     prefix = inputs.key.shape[1] - inputs.query.shape[1]
     if prefix < 0:
         raise BadInput(
@@ -222,7 +228,7 @@ def init_state(key: Any, value: Any, feature_map: FeatureMap | None = None) -> S
     Args:
       key, value: arrays or `jax.ShapeDtypeStruct`s of the shapes [..., M, G, D'] and [..., M, G, D]
         that will be absorbed; M may be anything.
-      feature_map: see `linear_attention`.
+      feature_map: that of keys, see `linear_attention`.
 
     Returns:
       A `State` for `absorb`, `read` and `extend`: zeros, and a scale of `LOWEST` for log 0.
@@ -244,7 +250,8 @@ def absorb(
 
     Args:
       state: of the keys so far, as `init_state` or this function made it.
-      key, value, feature_map, key_mask, block_size: see `linear_attention`.
+      key, value, key_mask, block_size: see `linear_attention`.
+      feature_map: that of keys.
 
     Returns:
       The new state.
@@ -252,7 +259,7 @@ def absorb(
     Raises:
       BadInput: see `linear_attention`; also a state of other arrays or features than these.
     """
-    inputs = _prepare(key, key, value, feature_map, key_mask, False, block_size)
+    inputs = _prepare(key, key, value, feature_map, None, key_mask, False, block_size)
     _check_state(state, key, value, feature_map)
     return inputs.shaped(_absorb_all(inputs, inputs.flat_state(state)))
 
@@ -270,7 +277,8 @@ def read(
 
     Args:
       state: of the keys so far.
-      query, feature_map, signed, block_size: see `linear_attention`.
+      query, signed, block_size: see `linear_attention`.
+      feature_map: that of queries.
       dtype: of the result; None for `query`'s.
 
     Returns:
@@ -284,7 +292,7 @@ def read(
     like = jnp.zeros((*query.shape[:-3], 1, groups, 1), query.dtype)
     key = jnp.broadcast_to(like, (*like.shape[:-1], query.shape[-1]))
     value = jnp.broadcast_to(like, (*like.shape[:-1], rows - 1)).astype(dtype or query.dtype)
-    inputs = _prepare(query, key, value, feature_map, None, signed, block_size)
+    inputs = _prepare(query, key, value, feature_map, None, None, signed, block_size)
     _check_state(state, key, value, feature_map)
     return inputs.shaped(_read_all(inputs, inputs.flat_state(state)))
 
@@ -296,6 +304,7 @@ def extend(
     value: jax.Array,
     feature_map: FeatureMap | None = None,
     *,
+    key_feature_map: FeatureMap | None = None,
     key_mask: jax.Array | None = None,
     signed: bool = False,
     block_size: int | None = None,
@@ -304,8 +313,8 @@ def extend(
 
     Args:
       state: of the keys so far.
-      query, key, value, feature_map, key_mask, signed, block_size: see `causal_linear_attention`,
-        with N = M.
+      query, key, value, feature_map, key_feature_map, key_mask, signed, block_size: see
+        `causal_linear_attention`, with N = M.
 
     Returns:
       [..., N, H, D], as the causal attention of the whole sequence has at these positions, and the
@@ -315,13 +324,13 @@ def extend(
       BadInput: see `causal_linear_attention` and `absorb`; also another number of keys than of
         queries.
     """
-    inputs = _prepare(query, key, value, feature_map, key_mask, signed, block_size)
+    inputs = _prepare(query, key, value, feature_map, key_feature_map, key_mask, signed, block_size)
     if inputs.key.shape[1] != inputs.query.shape[1]:
         raise BadInput(
             f'key has {key.shape[-3]} tokens, query {query.shape[-3]}; extend takes the same new '
             'tokens of both. Enter earlier keys with absorb.'
         )
-    _check_state(state, key, value, feature_map)
+    _check_state(state, key, value, key_feature_map or feature_map)
     state = inputs.flat_state(state)
     if inputs.query.shape[1] == 1:
         state = _absorb_all(inputs, state)
@@ -336,6 +345,7 @@ def attention_matrix(
     key: jax.Array,
     feature_map: FeatureMap | None = None,
     *,
+    key_feature_map: FeatureMap | None = None,
     mask: jax.Array | None = None,
     signed: bool = False,
 ) -> jax.Array:
@@ -344,7 +354,7 @@ def attention_matrix(
     P_nm = A_nm / Σ_m' A_nm', A_nm = φ(q_n)·φ(k_m), sums over the keys that `mask` lets through.
 
     Args:
-      query, key, feature_map, signed: see `linear_attention`.
+      query, key, feature_map, key_feature_map, signed: see `linear_attention`.
       mask: bool, broadcastable to [..., H, N, M], True where a query may attend to a key; None for
         all.
 
@@ -354,10 +364,10 @@ def attention_matrix(
       below `SMALLEST`, after dividing each token by the largest of its own features, counts as
       that.
     """
-    feature_map = _in_float32(feature_map)
+    feature_map, key_feature_map = _both_in_float32(feature_map, key_feature_map, key)
     groups = key.shape[-2]
     queries = feature_map(_heads_first(query, groups))
-    keys = feature_map(_heads_first(key, groups))
+    keys = key_feature_map(_heads_first(key, groups))
     products, scales = _products(queries, keys)
     # [..., G, T, M] to [..., H, N, M]: the heads of a group are next to each other.
     shape = (*query.shape[:-3], query.shape[-2], query.shape[-3], key.shape[-3])
@@ -378,6 +388,7 @@ def quadratic_attention(
     value: jax.Array,
     feature_map: FeatureMap | None = None,
     *,
+    key_feature_map: FeatureMap | None = None,
     mask: jax.Array | None = None,
     signed: bool = False,
 ) -> jax.Array:
@@ -386,14 +397,16 @@ def quadratic_attention(
     A mask of N×M entries has no linear form; it costs O(N·M) memory by itself.
 
     Args:
-      query, key, feature_map, mask, signed: see `attention_matrix`.
+      query, key, feature_map, key_feature_map, mask, signed: see `attention_matrix`.
       value: [..., M, G, D].
 
     Returns:
       [..., N, H, D] in `value`'s dtype, computed in float32 (float64 for float64 features). Rows
       that may attend to no key are zeros.
     """
-    weights = attention_matrix(query, key, feature_map, mask=mask, signed=signed)
+    weights = attention_matrix(
+        query, key, feature_map, key_feature_map=key_feature_map, mask=mask, signed=signed
+    )
     groups = key.shape[-2]
     weights = weights.reshape(*weights.shape[:-3], groups, -1, *weights.shape[-2:])
     output = jnp.einsum('...gpnm,...mgd->...ngpd', weights, value.astype(weights.dtype))
@@ -439,6 +452,7 @@ class _Inputs:
     value: jax.Array  # [B, M, G, D]
     key_mask: jax.Array | None  # [B, M]
     feature_map: FeatureMap
+    key_feature_map: FeatureMap
     signed: bool
     block_size: int | None
     batch_shape: tuple[int, ...]
@@ -481,8 +495,25 @@ def _in_float32(feature_map: FeatureMap | None) -> FeatureMap:
     return wide
 
 
+def _both_in_float32(
+    feature_map: FeatureMap | None, key_feature_map: FeatureMap | None, key: jax.Array
+) -> tuple[FeatureMap, FeatureMap]:
+    """The maps of queries and of keys, one object where keys have none of their own."""
+    feature_map = _in_float32(feature_map)
+    if key_feature_map is None:
+        return feature_map, feature_map
+    key_feature_map = _in_float32(key_feature_map)
+    shapes, key_shapes = (_feature_shapes(f, key) for f in (feature_map, key_feature_map))
+    if _num_features(shapes) != _num_features(key_shapes) or type(shapes) is not type(key_shapes):
+        raise BadInput(
+            f'feature_map gives {shapes}, key_feature_map {key_shapes}; allowed are as many '
+            'features of both, either arrays or LogFeatures. Give two maps of one kind.'
+        )
+    return feature_map, key_feature_map
+
+
 def _feature_shapes(feature_map: FeatureMap, x: Any) -> Any:
-    return jax.eval_shape(feature_map, jax.ShapeDtypeStruct((1, x.shape[-1]), x.dtype))
+    return jax.eval_shape(feature_map, jax.ShapeDtypeStruct((x.shape[-2], 1, x.shape[-1]), x.dtype))
 
 
 def _num_features(shapes: Any) -> int:
@@ -505,14 +536,14 @@ def _zeros(value: Any, shapes: Any) -> State:
 
 
 def _empty_state(inputs: _Inputs) -> State:
-    return _zeros(inputs.value, _feature_shapes(inputs.feature_map, inputs.key))
+    return _zeros(inputs.value, _feature_shapes(inputs.key_feature_map, inputs.key))
 
 
 def _plan(inputs: _Inputs) -> _Plan:
     """Blocks of `BLOCK_FEATURES` numbers, or `BLOCK_TOKENS`: many sequences, or a part of one."""
     batch, num_queries, heads, _ = inputs.query.shape
     num_keys, groups = inputs.key.shape[1:3]
-    num_features = _num_features(_feature_shapes(inputs.feature_map, inputs.key))
+    num_features = _num_features(_feature_shapes(inputs.key_feature_map, inputs.key))
     limits = [inputs.block_size or _block_tokens(h * num_features) for h in (heads, groups)]
     tokens = [
         _even(n, inputs.block_size or max(limit, BLOCK_TOKENS))
@@ -526,7 +557,7 @@ def _plan(inputs: _Inputs) -> _Plan:
 
 def _chunk_plan(inputs: _Inputs) -> _Plan:
     batch, num_tokens, heads, _ = inputs.query.shape
-    num_features = _num_features(_feature_shapes(inputs.feature_map, inputs.key))
+    num_features = _num_features(_feature_shapes(inputs.key_feature_map, inputs.key))
     tokens = _even(num_tokens, inputs.block_size or _by_backend(CHUNK, CHUNK_ELSEWHERE))
     unlooped = batch if tokens == num_tokens else None
     group = _block_tokens(heads * num_features) // tokens
@@ -620,9 +651,9 @@ def _absorb_blocks(
 ) -> State:
     """Absorbs [..., M, G, D'] keys, `plan.key_tokens` at a time; state None for an empty one."""
     if state is None:
-        state = _zeros(value, _feature_shapes(inputs.feature_map, key))
+        state = _zeros(value, _feature_shapes(inputs.key_feature_map, key))
     state = _varying_like(state, key, value, key_mask)
-    contribution = functools.partial(_contribution, inputs.feature_map)
+    contribution = functools.partial(_contribution, inputs.key_feature_map)
     num_keys = key.shape[-3]
     if plan.key_tokens == num_keys:
         return _add(state, *contribution(state.log_scale, key, value, key_mask))
@@ -665,7 +696,7 @@ def _attend_quadratically(
     key_mask: jax.Array | None,
 ) -> jax.Array:
     """φ(q) φ(k)ᵀ first: the same quotient for fewer operations where sequences are short."""
-    features, values, log_scale = _key_features(inputs.feature_map, None, key, value, key_mask)
+    features, values, log_scale = _key_features(inputs.key_feature_map, None, key, value, key_mask)
     queries = inputs.feature_map(_heads_first(query, key.shape[-2]))
     queries, query_scale = _query_features(queries, log_scale)
     products = jnp.einsum('...gtr,...gcr->...gtc', queries, features)
@@ -678,7 +709,7 @@ def _attend_quadratically(
 def _quadratic_is_cheaper(inputs: _Inputs) -> bool:
     num_queries, heads = inputs.query.shape[1:3]
     num_keys, groups = inputs.key.shape[1:3]
-    num_features = _num_features(_feature_shapes(inputs.feature_map, inputs.key))
+    num_features = _num_features(_feature_shapes(inputs.key_feature_map, inputs.key))
     rows = inputs.value.shape[-1] + 1
     quadratic = heads * num_queries * num_keys * (num_features + rows)
     return quadratic < (heads * num_queries + groups * num_keys) * num_features * rows
@@ -707,7 +738,7 @@ def _attend_in_chunks(
 
     def chunk(carry, query, key, value, key_mask, runs, following):
         state, open_run = carry
-        features = inputs.feature_map(_heads_first(key, key.shape[-2]))
+        features = inputs.key_feature_map(_heads_first(key, key.shape[-2]))
         queries = inputs.feature_map(_heads_first(query, key.shape[-2]))
         values = _values(value, key_mask)
         parts = [_visible(_read(state, queries, inputs.signed), open_run, runs)]
@@ -721,7 +752,7 @@ def _attend_in_chunks(
         return _absorb_run(state, open_run, features, values, key_mask, runs, -1), output
 
     def absorb_backwards(carry, key, value, key_mask, runs):
-        features = inputs.feature_map(_heads_first(key, key.shape[-2]))
+        features = inputs.key_feature_map(_heads_first(key, key.shape[-2]))
         return _absorb_run(*carry, features, _values(value, key_mask), key_mask, runs, 0), carry
 
     def attend(state, query, key, value, key_mask, runs):
@@ -1105,6 +1136,7 @@ def _prepare(
     key: jax.Array,
     value: jax.Array,
     feature_map: FeatureMap | None,
+    key_feature_map: FeatureMap | None,
     key_mask: jax.Array | None,
     signed: bool,
     block_size: int | None,
@@ -1126,8 +1158,8 @@ def _prepare(
         )
     if query.shape[-1] != key.shape[-1]:
         raise BadInput(
-            f'query has the last axis {query.shape[-1]}, key {key.shape[-1]}; one feature map '
-            'takes both. Give them the same dimension.'
+            f'query has the last axis {query.shape[-1]}, key {key.shape[-1]}; feature maps take '
+            'vectors of one dimension. Give them the same.'
         )
     if block_size is not None and not (isinstance(block_size, numbers.Integral) and block_size > 0):
         raise BadInput(f'block_size is {block_size!r}; give an integer ≥ 1, or None.')
@@ -1140,10 +1172,9 @@ def _prepare(
             )
         key_mask = jnp.broadcast_to(key_mask, (*batch_shape, key.shape[-3]))
         key_mask = key_mask.reshape(-1, key.shape[-3])
+    maps = _both_in_float32(feature_map, key_feature_map, key)
     query, key, value = (x.reshape(-1, *x.shape[-3:]) for x in (query, key, value))
-    return _Inputs(
-        query, key, value, key_mask, _in_float32(feature_map), signed, block_size, batch_shape
-    )
+    return _Inputs(query, key, value, key_mask, *maps, signed, block_size, batch_shape)
 
 
 def _check_is_state(state: Any) -> None:

@@ -85,13 +85,16 @@ def matrices(params) -> object:
     Returns:
       A tree like `params`: `optax.contrib.MuonDimensionNumbers` for the kernels of dense,
       multi-head and convolutional layers (a convolution's sums over its window and the channels)
-      and of fθ; None for the head, whose rows are classes, and for all that is not a kernel.
+      and of fθ (one for each head, where heads have their own); None for the head, whose rows are
+      classes, and for all that is not a kernel.
     """
 
     def dimension_numbers(path, value):
         module, name = ([''] + [key.key for key in path])[-2:]
         if not name.endswith('kernel') or module == 'head':
             return None
+        if name in ('hidden_kernel', 'output_kernel'):  # Of fθ: [D, R], or [H, D, R].
+            return optax.contrib.MuonDimensionNumbers((value.ndim - 2,), (value.ndim - 1,))
         if value.ndim == 3 and module != 'out':
             return optax.contrib.MuonDimensionNumbers((0,), (1, 2))  # [C, H, D]
         return optax.contrib.MuonDimensionNumbers(tuple(range(value.ndim - 1)), (value.ndim - 1,))

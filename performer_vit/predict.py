@@ -59,6 +59,11 @@ def _predict(compiled: Callable, batch_size: int, state: TrainState, split: Spli
     return np.concatenate(outputs)[: len(split)]
 
 
+def mirrored(split: Split) -> Split:
+    """The split with every image mirrored left to right."""
+    return Split(split.images[:, :, ::-1], split.labels)
+
+
 def timed(
     predict: Callable[[TrainState, Split], np.ndarray], state: TrainState, split: Split
 ) -> tuple[np.ndarray, float]:

@@ -1,63 +1,249 @@
-"""Tables and figures of several runs, from their results alone.
+"""The tables and figures of the README, from the published results alone.
 
-    python -m performer_vit.tables results/cifar10-3-epochs
+    python -m performer_vit.tables
 
-prints a Markdown table of the `*.json` files in a directory (each the `results.json` of a run) and
-draws `comparison.png` beside them.
+rewrites what stands in README.md between `<!-- begin KIND PATH -->` and `<!-- end -->`, and draws
+the figures beside the results. KIND is one of `TABLES`; PATH is a file or directory of `results/`
+with the `results.json` of runs, each under a name of its own.
 """
 
 import pathlib
+import re
 import sys
+from collections.abc import Mapping, Sequence
 
-from performer_vit import figures, workdir
-from performer_vit.errors import BadInput
+from performer_vit import comparison, figures, workdir
+from performer_vit.errors import BadInput, choose
+
+_BLOCK = re.compile(r'(<!-- begin (\S+) (\S+) -->\n).*?(<!-- end -->)', re.DOTALL)
+
+# Test accuracy, seconds a training epoch and seconds for the test images on one NVIDIA A100, as the
+# study gives them, and what its recipe was.
+STUDY = {
+    'exact': (84.79, 56, 5.0, 'width 256, depth 8, MLP 512, Adam'),
+    'relu': (87.39, 31, 3.0, 'width 960, depth 4, SGD'),
+    'gelu': (88.64, 31.5, 3.05, 'width 768, depth 1, Adam'),
+    'softmax': (86.17, 34, 3.02, 'width 768, depth 3, Adam'),
+    'elu': (77.48, 13.11, 1.49, 'as GELU'),
+    'ftheta': (85.08, 29.85, 2.95, 'width 768, depth 5, SGD'),
+}
+_BASELINE = 'exact'
 
 
-def read(directory: str | pathlib.Path) -> list[dict]:
-    """The results in a directory, the ViT first, in the order of the study's table."""
-    paths = sorted(pathlib.Path(directory).glob('*.json'))
+def read(path: str | pathlib.Path) -> list[dict]:
+    """The results of a directory's `*.json`: the ViT first, in the order of the study's table."""
+    paths = sorted(pathlib.Path(path).glob('*.json'))
     if not paths:
         raise BadInput(
-            f'{directory} holds no *.json: put the results.json of each run there, under a name '
-            'of its own.'
+            f'{path} holds no *.json: put the results.json of each run there, under a name of its '
+            'own.'
         )
-    rows = [workdir.read_json(path) for path in paths]
+    rows = [{**workdir.read_json(path), 'name': path.stem} for path in paths]
     kernels = list(figures.MODEL_NAMES)
     return sorted(rows, key=lambda row: (kernels.index(row['kernel']), row['seed']))
 
 
-def markdown(rows: list[dict]) -> str:
-    """A Markdown table, a row a run: accuracy, seconds, size. Nothing in it was not measured."""
-    lines = [
-        '| model | test accuracy | validation accuracy | s/epoch | inference s | parameters |',
-        '| --- | ---: | ---: | ---: | ---: | ---: |',
+def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table; the first column is aligned to the left, the others to the right."""
+    lines = [head, ['---'] + ['---:'] * (len(head) - 1), *rows]
+    return '\n'.join(f'| {" | ".join(line)} |' for line in lines)
+
+
+def run_table(path: pathlib.Path) -> str:
+    """What one run reached, and what it cost."""
+    row = workdir.read_json(path)
+    cells = {
+        'model': figures.model_name(row['kernel']),
+        'test accuracy': f'{row["test_accuracy"]:.2%}',
+        'minutes of training': f'{_minutes(row):.0f}',
+        'epochs': str(row['epochs']),
+        'images/s': f'{row["images_per_second"]:,.0f}',
+        'parameters': f'{row["num_params"]:,}',
+        'tokens': str(row['num_tokens']),
+        'GFLOP an image, training': f'{row["train_gflop_per_image"]:.3f}',
+        'inference s': f'{row["inference_seconds"]:.1f}',
+    }
+    return f'{markdown(list(cells), [list(cells.values())])}\n\n{_origin([row])}'
+
+
+def comparison_table(path: pathlib.Path) -> str:
+    """Mean ± standard deviation over seeds of each kernel, and its difference from the ViT."""
+    rows = read(path)
+    comparison.check_one_factor(rows)
+    models = comparison.by_kernel(rows)
+    differences = {}
+    if _BASELINE in models:
+        differences = comparison.against(models, _BASELINE, 'test_accuracy')
+    head = (
+        'model', 'seeds', 'test accuracy', 'minus the ViT', '95 % interval', 'p (Holm)', 's/epoch',
+        'inference s', 'parameters', 'GFLOP an image',
+    )  # fmt: skip
+    lines = []
+    for kernel, seeds in models.items():
+        runs = list(seeds.values())
+        found = differences.get(kernel)
+        lines.append([
+            figures.model_name(kernel),
+            str(len(runs)),
+            _spread([100 * run['test_accuracy'] for run in runs], '{:.2f}', ' %'),
+            '–' if found is None else f'{100 * found["mean"]:+.2f}',
+            '–' if found is None else f'{100 * found["low"]:+.2f} to {100 * found["high"]:+.2f}',
+            '–' if found is None else f'{found["holm_p"]:.2g}',
+            _spread([run['train_seconds_per_epoch'] for run in runs], '{:.0f}'),
+            _spread([run['inference_seconds'] for run in runs], '{:.1f}'),
+            f'{runs[0]["num_params"]:,}',
+            f'{runs[0]["train_gflop_per_image"]:.3f}',
+        ])  # fmt: skip
+    supported = [
+        f'{figures.model_name(kernel)} {"above" if found["mean"] > 0 else "below"} the ViT'
+        for kernel, found in differences.items()
+        if found['holm_p'] < 1 - comparison.CONFIDENCE
     ]
-    for row in rows:
-        validation = row['validation_accuracy']
-        cells = (
-            figures.model_name(row['kernel']),
-            f'{row["test_accuracy"]:.2%}',
-            '–' if validation is None else f'{validation:.2%}',
+    verdict = (
+        'Differences from the ViT that the data support, all of them together with 95 % '
+        f'confidence (Holm): {", ".join(supported) or "none"}.'
+    )
+    parts = [markdown(head, lines), verdict, _origin(rows)]
+    return '\n\n'.join(parts if differences else [parts[0], parts[2]])
+
+
+def study_table(path: pathlib.Path) -> str:
+    """The study's figures beside ours, for the models that both have."""
+    models = comparison.by_kernel(read(path))
+    head = (
+        'model', "the study's test accuracy", 'its recipe', 'its s/epoch, A100', 'ours',
+        'our s/epoch, two CPU cores', 'difference from the ViT: the study', 'ours',
+    )  # fmt: skip
+    lines = []
+    vit = comparison.mean_and_deviation(
+        [run['test_accuracy'] for run in models[_BASELINE].values()]
+    )[0]
+    for kernel, (accuracy, seconds, _, recipe) in STUDY.items():
+        if kernel not in models:
+            continue
+        runs = list(models[kernel].values())
+        mean = comparison.mean_and_deviation([run['test_accuracy'] for run in runs])[0]
+        lines.append([
+            figures.model_name(kernel),
+            f'{accuracy:.2f} %',
+            recipe,
+            f'{seconds:.0f}',
+            _spread([100 * run['test_accuracy'] for run in runs], '{:.2f}', ' %'),
+            _spread([run['train_seconds_per_epoch'] for run in runs], '{:.0f}'),
+            f'{accuracy - STUDY[_BASELINE][0]:+.2f}',
+            f'{100 * (mean - vit):+.2f}',
+        ])  # fmt: skip
+    return markdown(head, lines)
+
+
+def ablation_table(path: pathlib.Path) -> str:
+    """One change of `base.json` a row, named by the fields in which the configs differ."""
+    base = workdir.read_json(path / 'base.json')
+    head = (
+        'change', 'validation accuracy', 'difference', 's/epoch', 'parameters', 'GFLOP an image',
+    )  # fmt: skip
+    rows = [row for row in read(path) if row['name'] != 'base']
+    rows.sort(key=lambda row: _change(base, row))
+    lines = []
+    for row in [base, *rows]:
+        difference = 100 * (row['validation_accuracy'] - base['validation_accuracy'])
+        lines.append([
+            'none' if row is base else _change(base, row),
+            f'{row["validation_accuracy"]:.2%}',
+            '–' if row is base else f'{difference:+.2f}',
             f'{row["train_seconds_per_epoch"]:.0f}',
-            f'{row["inference_seconds"]:.1f}',
             f'{row["num_params"]:,}',
-        )
-        lines.append(f'| {" | ".join(cells)} |')
-    return '\n'.join(lines)
+            f'{row["train_gflop_per_image"]:.3f}',
+        ])  # fmt: skip
+    return f'{markdown(head, lines)}\n\n{_origin([base, *rows])}'
+
+
+def _change(base: Mapping, row: Mapping) -> str:
+    ours, others = (workdir.flatten(run['config']) for run in (base, row))
+    changes = [
+        f'`{field}` {others.get(field)}, not {ours.get(field)}'
+        for field in sorted({*ours, *others})
+        if ours.get(field) != others.get(field)
+    ]
+    if not changes:
+        raise BadInput(f'{row["name"]}.json has the config of base.json: an ablation changes it.')
+    return '; '.join(changes)
+
+
+def _minutes(row: Mapping) -> float:
+    return sum(epoch['seconds'] for epoch in row['history']) / 60
+
+
+def _spread(values: Sequence[float], pattern: str, unit: str = '') -> str:
+    mean, deviation = comparison.mean_and_deviation(values)
+    text = pattern.format(mean)
+    return text + unit if deviation is None else f'{text} ± {pattern.format(deviation)}{unit}'
+
+
+def _origin(rows: Sequence[Mapping]) -> str:
+    """Where the numbers come from: machine, versions and commits."""
+    devices = ', '.join(sorted({row['device'] for row in rows}))
+    jax = ', '.join(sorted({row['versions']['jax'] for row in rows}))
+    commits = sorted({str(row['versions']['git_commit'])[:7] for row in rows})
+    return f'Measured on {devices}, JAX {jax}, commit {", ".join(commits)}.'
+
+
+def _draw_run(path: pathlib.Path) -> None:
+    row = workdir.read_json(path)
+    figures.save(figures.accuracy_by_time([row]), path.with_suffix('.png'))
+
+
+def _draw_comparison(path: pathlib.Path) -> None:
+    rows = read(path)
+    epochs = ', '.join(sorted({str(row['epochs']) for row in rows}))
+    title = f'ViT and Performers on {rows[0]["dataset"]}, {epochs} epochs'
+    figures.save(figures.comparison(rows, title), path / 'comparison.png')
+    figures.save(figures.accuracy_by_time(rows), path / 'accuracy.png')
+
+
+def _draw_nothing(path: pathlib.Path) -> None:
+    """The table says it all."""
+
+
+TABLES = {
+    'run': (run_table, _draw_run),
+    'comparison': (comparison_table, _draw_comparison),
+    'study': (study_table, _draw_nothing),
+    'ablations': (ablation_table, _draw_nothing),
+}
+
+
+def blocks(text: str, root: pathlib.Path) -> list[tuple[str, pathlib.Path]]:
+    """Kind and path of every generated block of a Markdown text; paths are relative to `root`."""
+    found = [(kind, root / path) for _, kind, path, _ in _BLOCK.findall(text)]
+    for kind, _ in found:
+        choose('the kind of a generated table', kind, TABLES)
+    return found
+
+
+def rewrite(text: str, root: pathlib.Path) -> str:
+    """A Markdown text with every generated block made anew from the results under `root`."""
+    blocks(text, root)
+    return _BLOCK.sub(
+        lambda match: f'{match[1]}{TABLES[match[2]][0](root / match[3])}\n{match[4]}', text
+    )
 
 
 def main(argv: list[str]) -> None:
-    """Prints the table of a directory and draws its figure."""
-    if len(argv) != 2:
-        sys.exit('error: give one directory: python -m performer_vit.tables DIRECTORY')
+    """Rewrites the README of this directory, or the Markdown file that is given, and draws."""
+    if len(argv) > 2:
+        sys.exit('error: give no argument, or one Markdown file')
+    path = pathlib.Path(argv[1] if len(argv) == 2 else 'README.md')
     try:
-        rows = read(argv[1])
-        epochs = ', '.join(sorted({str(row['epochs']) for row in rows}))
-        title = f'ViT and Performers on {rows[0]["dataset"]}, {epochs} epochs'
-        figures.save(figures.comparison(rows, title), pathlib.Path(argv[1]) / 'comparison.png')
+        if not path.is_file():
+            raise BadInput(f'{path} is not a file: run this where README.md is, or name one.')
+        text = path.read_text(encoding='utf-8')
+        for kind, results in blocks(text, path.parent):
+            TABLES[kind][1](results)
+            print(f'{kind:<12}{results}')
+        workdir.write_text(path, rewrite(text, path.parent))
     except BadInput as error:
         sys.exit(f'error: {error}')
-    print(markdown(rows))
 
 
 if __name__ == '__main__':

@@ -20,6 +20,7 @@ from performer_vit import (
     datasets,
     evaluate,
     figures,
+    flops,
     input_pipeline,
     optimizers,
     progress,
@@ -38,8 +39,8 @@ def check(config) -> None:
     """Raises `BadInput` for all that can be seen to be wrong in a config before data are read."""
     at_least = {
         'num_epochs': 1, 'batch_size': 1, 'log_every_steps': 1, 'checkpoint.every_epochs': 1,
-        'checkpoint.keep': 1, 'early_stopping_patience': 0, 'augment.crop_padding': 0,
-        'model.attention.redraw_every': 0, 'model.attention.hidden': 1, 'seed': 0,
+        'checkpoint.keep': 1, 'early_stopping_patience': 0, 'model.attention.redraw_every': 0,
+        'model.attention.hidden': 0, 'seed': 0,
     }  # fmt: skip
     values = run_directory.flatten(config.to_dict())
     for field, least in at_least.items():
@@ -50,12 +51,6 @@ def check(config) -> None:
             raise BadInput(f'{field} is {values[field]}; set it to a number from 0 to below 1.')
     if config.seed >= 2**32:
         raise BadInput(f'seed is {config.seed}; set it to a number below 2**32.')
-    shortest = min(datasets.IMAGE_SHAPE[:2])
-    if config.augment.crop_padding >= shortest:
-        raise BadInput(
-            f'augment.crop_padding is {config.augment.crop_padding}; a reflection is smaller than '
-            f'the image: set it to a number below {shortest}.'
-        )
     choose('test_state', config.test_state, TEST_STATES)
     if not config.dataset.validation_fraction:
         needs = {
@@ -70,6 +65,8 @@ def check(config) -> None:
                     'dataset.validation_fraction above 0.'
                 )
     input_pipeline.check_batch_size(config.batch_size, jax.device_count())
+    share = config.batch_size // jax.device_count()
+    augment.check(config.augment, (share, *datasets.IMAGE_SHAPE))
     optimizers.create(
         config.optimizer, optimizers.learning_rate(config.optimizer, 1, config.num_epochs)
     )
@@ -92,36 +89,41 @@ def make_train_step(
     The step takes a `TrainState` and a device's share of a batch of
     `input_pipeline.train_batches`, and returns the new state and the step's metrics: `loss`
     (nats), `accuracy` (0 to 1), `grad_norm` (before clipping), `learning_rate`, `first_bad_step`,
-    each a scalar that all devices share. Nothing in it depends on how the batch is spread over
-    devices, except for dropout, whose masks are drawn on each device.
+    each a scalar that all devices share. Where images are mixed, accuracy counts those whose
+    likeliest class is that of the larger target (of equal ones, the first). Nothing in the step
+    depends on how the batch is spread over devices, except for dropout, whose masks are drawn on
+    each device.
     """
     attention = config.model.attention
 
-    def loss_fn(params, projections, images, labels, key):
+    def loss_fn(params, projections, images, targets, key):
         logits = model.apply(
             {'params': params, 'projections': projections},
             images,
             train=True,
             rngs={'dropout': key},
         )
-        targets = optax.smooth_labels(
-            jax.nn.one_hot(labels, dataset.num_classes), config.label_smoothing
-        )
         loss = optax.softmax_cross_entropy(logits, targets).mean()
-        return loss, (logits.argmax(-1) == labels).mean()
+        return loss, (logits.argmax(-1) == targets.argmax(-1)).mean()
 
     def train_step(state: TrainState, batch: dict) -> tuple[TrainState, dict]:
         key = jax.random.fold_in(jax.random.key(config.seed), state.step)
         augment_key, dropout_key = jax.random.split(key)
         dropout_key = jax.random.fold_in(dropout_key, jax.lax.axis_index('batch'))
-        images = augment.augment(
-            augment_key,
-            batch['position'],
-            batch['image'],
-            padding=config.augment.crop_padding,
-            flip=config.augment.flip and dataset.flip,
+        targets = optax.smooth_labels(
+            jax.nn.one_hot(batch['label'], dataset.num_classes), config.label_smoothing
         )
-        images = augment.normalize(images, dataset.mean, dataset.std)
+        images, targets = augment.augment(
+            config.augment,
+            batch,
+            targets,
+            seed=config.seed,
+            step_key=augment_key,
+            epoch=state.step // steps_per_epoch,
+            mirror=dataset.flip,
+            mean=dataset.mean,
+            std=dataset.std,
+        )
         projections = state.projections
         if projections and attention.redraw_every:
             projections = jax.lax.cond(
@@ -138,7 +140,7 @@ def make_train_step(
 
         value_and_grad = jax.value_and_grad(loss_fn, has_aux=True)
         (loss, accuracy), gradient = value_and_grad(
-            state.params, projections, images, batch['label'], dropout_key
+            state.params, projections, images, targets, dropout_key
         )
         loss, accuracy, gradient = jax.lax.pmean((loss, accuracy, gradient), 'batch')
         grad_norm = optax.global_norm(gradient)
@@ -304,6 +306,11 @@ def train(config, workdir: str | os.PathLike | None = None, run_name: str = 'run
     check(config)
     run_directory.check_writable(workdir or run_directory.default_workdir(run_name, ''))
     dataset = datasets.load(**config.dataset)
+    if config.flip_averaging and not dataset.flip:
+        raise BadInput(
+            f'flip_averaging is True, but images of {dataset.name} are never mirrored: mirror '
+            'images show something else there. Set flip_averaging to False.'
+        )
     training = prepare(config, dataset)
     workdir = workdir or run_directory.default_workdir(run_name, dataset.name)
     workdir = run_directory.claim(workdir, config.to_dict(), dataset.name)
@@ -336,6 +343,7 @@ def train(config, workdir: str | os.PathLike | None = None, run_name: str = 'run
     train_step = compile_step(training, state, next(batches(first_step=0, num_steps=1)))
     predict = prediction.compile_forward(training.model, dataset, state, config.batch_size)
     compile_seconds = time.perf_counter() - started
+    step_flops = flops.count(training.step_fn, state, next(batches(first_step=0, num_steps=1)))
 
     batches = batches(first_step=first_step, num_steps=last_step - first_step)
     title = figures.model_name(config.model.attention.kernel)
@@ -399,7 +407,13 @@ def train(config, workdir: str | os.PathLike | None = None, run_name: str = 'run
             'images_per_second': training.steps_per_epoch * config.batch_size / epoch_seconds,
             'compile_seconds': compile_seconds,
             'inference_seconds': inference_seconds,
+            'train_gflop_per_image': step_flops / config.batch_size / 1e9,
+            'history': history,
         }
+        if config.flip_averaging:
+            mirrored = predict(state, prediction.mirrored(dataset.test))
+            labels = dataset.test.labels
+            results |= evaluate.flip_averaged(log_probabilities, mirrored, labels)
         results, images = evaluate.write_report(
             workdir, results, log_probabilities, dataset.test.labels, dataset.class_names
         )

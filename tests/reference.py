@@ -13,7 +13,20 @@ LEAST_SHARE = 0.05
 
 
 def log_features(kernel, x, projection=None, theta=None, a=0.0, temperature=None):
-    """log of the unnormalised φ(x) [..., N, H, R] (a factor common to all features cancels)."""
+    """log of the unnormalised φ(x) [..., N, H, R] (a factor common to all features cancels).
+
+    Weights of fθ with a leading axis are those of groups of heads.
+    """
+    if theta is not None and np.ndim(theta['hidden_kernel']) == 3:
+        heads, groups = x.shape[-2], len(theta['hidden_kernel'])
+        maps = [{name: weight[g] for name, weight in theta.items()} for g in range(groups)]
+        features = [
+            log_features(
+                kernel, x[..., h, :], theta=maps[h * groups // heads], temperature=temperature
+            )
+            for h in range(heads)
+        ]
+        return np.stack(features, axis=-2)
     x = scaled(x, temperature)
     if kernel in ('ftheta', 'ftheta_mixture'):
         theta = {name: np.asarray(weight, np.float64) for name, weight in theta.items()}
@@ -45,7 +58,8 @@ def log_features(kernel, x, projection=None, theta=None, a=0.0, temperature=None
         value = np.logaddexp(0, u)
     elif kernel == 'ftheta_mixture':
         weight = 1 / (1 + np.exp(-theta['mixture_logit']))
-        exponent = np.clip(u / np.exp(theta['log_temperature']), -10, 10)
+        exponent = u / np.exp(theta['log_temperature']) - theta['norm_weight'] * half_square
+        exponent = np.clip(exponent, -10, 10)
         value = weight * np.maximum(u, 0) + (1 - weight) * np.exp(exponent)
     else:
         value = kernel(u)
@@ -105,8 +119,9 @@ def attention_matrix(
 ):
     """[..., H, N, M], normalised over the keys that `mask` and `pattern` let through.
 
-    Only the mask has a say in A of FAVOR++; with `a` given, nothing has. The first query is at the
-    position `offset`, which 'cosine' alone knows of.
+    `theta` is that of queries and keys, or both by the names 'query' and 'key'. Only the mask has a
+    say in A of FAVOR++; with `a` given, nothing has. The first query is at the position `offset`,
+    which 'cosine' alone knows of.
     """
     if kernel == 'softmax_optimal' and a is None:
         a = optimal_a(query, key, mask, temperature)
@@ -127,9 +142,11 @@ def attention_matrix(
     if kernel == 'exact':
         logits = np.einsum('...nhd,...mhd->...hnm', *(scaled(x, temperature) for x in (query, key)))
     else:
+        if theta is None or 'query' not in theta:
+            theta = {'query': theta, 'key': theta}
         query_log, key_log = (
-            np.moveaxis(log_features(kernel, x, projection, theta, a, temperature), -2, -3)
-            for x in (query, key)
+            np.moveaxis(log_features(kernel, x, projection, theta[side], a, temperature), -2, -3)
+            for side, x in (('query', query), ('key', key))
         )
         logits = np.logaddexp.reduce(query_log[..., :, None, :] + key_log[..., None, :, :], axis=-1)
     if kernel == 'cosine':

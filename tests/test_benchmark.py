@@ -3,6 +3,7 @@
 import dataclasses
 import subprocess
 import sys
+import types
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +21,9 @@ from performer_vit import (
     exact_attention,
     favor,
     figures,
+    flops,
     linear_attention,
+    model_speed,
     timing,
     workdir,
 )
@@ -62,6 +65,21 @@ def test_figures_agree_with_each_other(tiny_config, monkeypatch, name):
     assert ('whole loop' in text) == (name == 'train_step')
 
 
+def test_the_twin_takes_turns_with_ours(tiny_config, monkeypatch):
+    """Catches theirs over ours, a peer that is left out of the table, and a batch counted wrong."""
+    torch_vit = pytest.importorskip('performer_vit.torch_vit')
+    monkeypatch.setattr(timing, 'PEAK_SIZE', 256)
+    measured = benchmark.train_step(tiny_config, 1, peers=True)
+    ours, theirs = (
+        measured[name]['median'] for name in ('images_per_second', 'torch_images_per_second')
+    )
+    assert measured['bare_step_over_torch']['median'] == pytest.approx(ours / theirs)
+    assert measured['included'] == torch_vit.INCLUDES and 'torch' in measured['versions']
+    assert measured['torch_device'].startswith('cpu, ')
+    text = benchmark.table(measured)
+    assert f'{theirs:,.1f} images/s' in text and f'{ours / theirs:.2f} times the speed' in text
+
+
 @pytest.mark.parametrize('kernel', ['relu', 'exact'])
 def test_blocks_do_not_change_the_count(monkeypatch, kernel):
     """Catches a loop over blocks of attention whose body is counted once, however often it runs."""
@@ -73,12 +91,12 @@ def test_blocks_do_not_change_the_count(monkeypatch, kernel):
         output = favor.favor_attention(x, x, x, kernel=kernel, projection=projection)
         return jnp.sum(output**2)
 
-    whole = benchmark.count_flops(jax.grad(loss), query)
+    whole = flops.count(jax.grad(loss), query)
     monkeypatch.setattr(exact_attention, 'BLOCK_SIZE', 16)
     monkeypatch.setattr(linear_attention, 'BLOCK_FEATURES', {'cpu': 16 * 2 * 16})
     monkeypatch.setattr(linear_attention, 'BLOCK_FEATURES_ELSEWHERE', 16 * 2 * 16)
     in_blocks = jax.jit(jax.grad(loss)).lower(query[0]).cost_analysis()['flops']
-    assert benchmark.count_flops(jax.grad(loss), query) == whole
+    assert flops.count(jax.grad(loss), query) == whole
     assert in_blocks < 0.7 * whole / len(query)
 
 
@@ -88,11 +106,15 @@ def test_blocks_do_not_change_the_count(monkeypatch, kernel):
 @pytest.mark.parametrize(
     ('arguments', 'message'),
     [
-        ((), 'the benchmark is []; give one of train_step, inference, attention, approximation'),
+        ((), 'the benchmark is []; give one of train_step, inference, tokens, attention, approx'),
         (('speed',), "the benchmark is ['speed']"),
         (('attention', 'approximation'), "the benchmark is ['attention', 'approximation']"),
         (('train_step',), '--config is missing; an example is'),
         (('inference', '--rounds=2'), '--config is missing'),
+        (('tokens', '--lengths=64'), '--config is missing'),
+        (('tokens', '--peers'), '--peers is given, but tokens has no use for it'),
+        (('tokens', '--num_features=64'), '--num_features is given, but tokens has no use for it'),
+        (('inference', '--peers'), '--peers is given, but inference has no use for it'),
         (('attention', '--draws=3'), '--draws is given, but attention has no use for it'),
         (('approximation', '--rounds=3'), '--rounds is given, but approximation has no use'),
         (('approximation', '--nopeers'), '--peers is given, but approximation has no use'),
@@ -154,6 +176,25 @@ def test_attention_leaves_a_table_a_file_and_a_figure(run, monkeypatch, tmp_path
     assert 'round 1 of 1' in captured.err
     assert imread(tmp_path / 'study.png').shape[1] == 1600
     assert not flags.FLAGS['config'].present
+
+
+def test_tokens_get_their_flags_and_draw_beside_the_file(monkeypatch, tmp_path, tiny_config):
+    """Catches a flag that does not reach the study, and a figure that goes elsewhere."""
+    asked, drawn = {}, []
+    monkeypatch.setattr(
+        model_speed, 'study', lambda config, **options: asked.update(options, config=config)
+    )
+    monkeypatch.setattr(benchmark, '_CONFIG', types.SimpleNamespace(value=tiny_config))
+    with flagsaver.flagsaver(lengths=['16', '64'], rounds=2, quadratic_limit=16):
+        benchmark.BENCHMARKS['tokens'].run()
+    del asked['on_progress']
+    assert asked == {
+        'config': tiny_config, 'lengths': [16, 64], 'rounds': 2, 'quadratic_limit': 16,
+    }  # fmt: skip
+    monkeypatch.setattr(figures, 'model_speed', lambda values: f'figure of {values}')
+    monkeypatch.setattr(figures, 'save', lambda *arguments, num_colours: drawn.append(arguments))
+    benchmark.BENCHMARKS['tokens'].draw('values', tmp_path / 'tokens.json')
+    assert drawn == [('figure of values', tmp_path / 'tokens.png')]
 
 
 def test_approximation_gets_its_draws_and_draws_beside_the_file(run, monkeypatch, tmp_path, capsys):

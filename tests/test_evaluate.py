@@ -249,6 +249,26 @@ def test_summary_table_has_units_separators_and_dashes():
     assert values['git_commit'] == '-'
 
 
+def test_flip_averaging_means_probabilities():
+    """Catches a mean of log-probabilities, which prefers class 1 for the first image here."""
+    own = np.log(np.array([[0.9, 0.1, 0.0001], [0.2, 0.7, 0.1]]))
+    mirror = np.log(np.array([[0.001, 0.4, 0.599], [0.6, 0.3, 0.1]]))
+    labels = np.array([0, 1])
+    got = evaluate.flip_averaged(own, mirror, labels)
+    means = (np.exp(own) + np.exp(mirror)) / 2
+    np.testing.assert_allclose(
+        got['flip_averaged_test_loss'], -np.log(means[[0, 1], labels]).mean()
+    )
+    assert got['flip_averaged_test_accuracy'] == 1.0
+    assert ((own + mirror).argmax(axis=1) == labels).mean() < 1.0
+
+
+def test_summary_table_names_flip_averaging_where_it_was_done():
+    table = evaluate.summary_table({**RESULTS, 'flip_averaged_test_accuracy': 0.9312})
+    assert table.endswith('test accuracy, averaged with mirror images  93.12 %')
+    assert 'mirror' not in evaluate.summary_table(RESULTS)
+
+
 def test_summary_table_is_aligned_and_survives_an_empty_result():
     """Catches columns that a long field name pushes apart, and a missing key as a KeyError."""
     lines = evaluate.summary_table(RESULTS).splitlines()

@@ -46,13 +46,25 @@ FAMILIES = (*PATHS, 'softmax_optimal', 'softmax_trigonometric', 'identity', 'fth
 INIT_THETA = jax.jit(feature_maps.init_theta, static_argnums=(1, 2, 3), static_argnames='mixture')
 
 
-def weights(kernel, dtype=jnp.float32, with_projection=True):
-    """The keyword arguments that a kernel needs, with fθ's weights away from their zeros."""
+def weights(kernel, dtype=jnp.float32, with_projection=True, sharing='all'):
+    """The keyword arguments that a kernel needs, with fθ's weights away from their zeros.
+
+    Heads and sides that do not share a map have others, for two key heads.
+    """
     if kernel in ('ftheta', 'ftheta_mixture'):
-        mixture = kernel == 'ftheta_mixture'
-        theta = INIT_THETA(jax.random.key(5), D, 8, R, mixture=mixture)
-        theta = jax.tree.map(lambda leaf: (np.asarray(leaf) + 0.2).astype(dtype), theta)
-        return {'kernel': kernel, 'theta': theta}
+
+        def theta(seed):
+            theta = INIT_THETA(jax.random.key(seed), D, 8, R, mixture=kernel == 'ftheta_mixture')
+            return jax.tree.map(lambda leaf: (np.asarray(leaf) + 0.2).astype(dtype), theta)
+
+        def side(seed):
+            if sharing in ('all', 'heads'):
+                return theta(seed)
+            return jax.tree.map(lambda *leaves: np.stack(leaves), theta(seed), theta(seed + 1))
+
+        if sharing in ('all', 'sides'):
+            return {'kernel': kernel, 'theta': side(5)}
+        return {'kernel': kernel, 'theta': {'query': side(5), 'key': side(7)}}
     # 'identity' without a projection: the products of `tame` inputs are then positive.
     if kernel in ('exact', 'identity') or not with_projection:
         return {'kernel': kernel}
@@ -103,15 +115,15 @@ def draw_pattern(num_queries, is_causal, segmented):
     return pattern
 
 
-def compiled(function, kernel, with_projection=True, **options):
+def compiled(function, kernel, with_projection=True, sharing='all', **options):
     """function(query, key, value, mask) with a kernel's weights, compiled."""
-    given = weights(kernel, with_projection=with_projection)
+    given = weights(kernel, with_projection=with_projection, sharing=sharing)
     return jax.jit(lambda *x, mask=None: function(*x, mask=mask, **given, **options))
 
 
-def expect(kernel, arrays, mask=None, with_projection=True, **options):
+def expect(kernel, arrays, mask=None, with_projection=True, sharing='all', **options):
     """The reference's output with a kernel's weights."""
-    given = weights(kernel, with_projection=with_projection)
+    given = weights(kernel, with_projection=with_projection, sharing=sharing)
     return reference.attention(given.pop('kernel'), *arrays, mask, **given, **options)
 
 
@@ -240,6 +252,40 @@ def test_patterns_with_shared_heads(kernel, is_causal, segmented, mask):
 
 
 @pytest.mark.parametrize(
+    ('kernel', 'sharing', 'way'),
+    [
+        ('ftheta', sharing, way)
+        for sharing in ('sides', 'heads', 'none')
+        for way in ('padding', 'causal', 'segments', 'full')
+    ]
+    + [('ftheta_mixture', 'none', way) for way in ('padding', 'causal segments')],
+)
+def test_maps_of_their_own(kernel, sharing, way):
+    """Attention and its matrix where heads, or queries and keys, have a map of their own each.
+
+    Four query heads on two key heads, in blocks of 3 tokens. Catches the map of another head or of
+    the other side, in any order of the sums.
+    """
+    is_causal, segmented = 'causal' in way, 'segments' in way
+    num_queries = M if segmented else N
+    arrays = inputs((2,), num_queries, heads=(4, 2))
+    mask = {'padding': draw_mask((2, 1, 1, M)), 'full': draw_mask((2, 4, num_queries, M))}.get(way)
+    options = {'is_causal': is_causal, 'segment_ids': SEGMENT_IDS if segmented else None}
+    output = compiled(favor.favor_attention, kernel, sharing=sharing, block_size=3, **options)(
+        *arrays, mask=mask
+    )
+    pattern = draw_pattern(num_queries, is_causal, segmented)
+    expected = expect(kernel, arrays, mask, sharing=sharing, pattern=pattern)
+    np.testing.assert_allclose(output, expected, rtol=1e-4, atol=1e-5)
+    matrix = compiled(favor.attention_matrix, kernel, sharing=sharing, **options)
+    given = weights(kernel, sharing=sharing)
+    expected = reference.attention_matrix(
+        given.pop('kernel'), *arrays[:2], mask, **given, pattern=pattern
+    )
+    np.testing.assert_allclose(matrix(*arrays[:2], mask=mask), expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(
     ('kernel', 'way'),
     [(kernel, 'causal') for kernel in FAMILIES if kernel != 'softmax_optimal']
     + [(kernel, 'segments') for kernel in FAMILIES],
@@ -267,11 +313,17 @@ def test_matrix_of_patterns_with_shared_heads(kernel, way):
 
 
 @pytest.mark.parametrize(
-    ('kernel', 'way'),
-    [(kernel, 'padding') for kernel in KERNELS]
-    + [(kernel, way) for kernel in ('exact', 'softmax') for way in ('full', 'causal', 'segments')],
+    ('kernel', 'way', 'sharing'),
+    [(kernel, 'padding', 'all') for kernel in KERNELS]
+    + [
+        (kernel, way, 'all')
+        for kernel in ('exact', 'softmax')
+        for way in ('full', 'causal', 'segments')
+    ]
+    + [('ftheta', way, 'none') for way in ('padding', 'full', 'causal', 'segments')]
+    + [('ftheta_mixture', 'causal', sharing) for sharing in ('sides', 'heads', 'none')],
 )
-def test_value_and_gradient_in_float64(kernel, way):
+def test_value_and_gradient_in_float64(kernel, way, sharing):
     """Slopes of the reference along a random direction, of inputs and weights; τ is not √D.
 
     Catches a temperature that is ignored, and a stop_gradient where the result depends on it. The A
@@ -280,7 +332,7 @@ def test_value_and_gradient_in_float64(kernel, way):
     is_causal, segmented = way == 'causal', way == 'segments'
     num_queries = M if segmented else N
     arrays = tame(kernel, inputs((1,), num_queries))
-    given = weights(kernel, np.float64)
+    given = weights(kernel, np.float64, sharing=sharing)
     given.pop('kernel')
     mask = {'padding': draw_mask((1, 1, 1, M)), 'full': draw_mask((1, H, N, M))}.get(way)
     rng = np.random.default_rng(3)
@@ -645,18 +697,25 @@ def test_bfloat16_is_within_its_roundings_of_float32(kernel):
 
 
 @pytest.mark.parametrize(
-    'kernel', ['softmax', 'softmax_hyperbolic', 'softmax_trigonometric', 'relu', 'ftheta']
+    ('kernel', 'sharing'),
+    [
+        (kernel, 'all')
+        for kernel in ('softmax', 'softmax_hyperbolic', 'softmax_trigonometric', 'relu', 'ftheta')
+    ]
+    + [('ftheta', 'heads'), ('ftheta_mixture', 'none')],
 )
-def test_decoding_is_causal_attention(kernel):
+def test_decoding_is_causal_attention(kernel, sharing):
     """Token by token and in pieces, with padding and shared heads.
 
     Catches a state that forgets its stabiliser, grows, counts padding, or gets τ in one place.
     """
     arrays = tame(kernel, inputs((2,), M, heads=(4, 2)))
     mask = draw_mask((2, 1, 1, M))
-    given = weights(kernel)
+    given = weights(kernel, sharing=sharing)
     causal = draw_pattern(M, True, False)
-    expected = expect(kernel, arrays, mask, pattern=causal, temperature=TEMPERATURE)
+    expected = expect(
+        kernel, arrays, mask, sharing=sharing, pattern=causal, temperature=TEMPERATURE
+    )
 
     @jax.jit
     def extend(state, arrays, mask):
@@ -727,6 +786,8 @@ def mapped(attend):
         (mapped, 'relu', False),
         (mapped, 'softmax_optimal', False),
         (mapped, 'cosine', True),
+        (sharded, 'ftheta', False),
+        (sharded, 'ftheta', True),
     ],
 )
 def test_tokens_split_over_devices(split, kernel, is_causal):
@@ -739,7 +800,7 @@ def test_tokens_split_over_devices(split, kernel, is_causal):
     query, key, value = inputs((1,), 8, 8)
     mask = np.ones((1, 1, 1, 8), bool)
     mask[..., 2:5] = False
-    given = weights(kernel)
+    given = weights(kernel, sharing='none')
     cotangent = np.random.default_rng(4).normal(size=value.shape).astype(np.float32)
 
     def outputs(attend):
@@ -942,6 +1003,89 @@ def test_module_is_the_function_with_its_weights(kernel, options):
     )
 
 
+@pytest.mark.parametrize('sharing', favor.THETA_SHARINGS)
+@pytest.mark.parametrize('options', [{}, {'projection': 'gaussian', 'is_causal': True}])
+def test_module_that_starts_as_relu(sharing, options):
+    """Equal to the module of kernel 'relu' with the same seed in the same place of a model.
+
+    Two layers, four query heads on two key heads. Catches rows of another layer, seed or
+    projection, heads that start from rows of their own, and a dependence on the `params` stream.
+    """
+    x = inputs((2,), M, heads=(4, 2))[0]
+
+    class Layers(nn.Module):
+        kernel: str
+        fields: dict
+
+        @nn.compact
+        def __call__(self, x):
+            for _ in range(2):
+                x = favor.FavorAttention(self.kernel, R, seed=3, **self.fields)(
+                    x, x[..., ::2, :], x[..., ::2, :]
+                )
+            return x
+
+    learnt = {'theta_init': 'relu', 'theta_sharing': sharing, 'hidden': R + 2}
+    outputs = [
+        jax.jit(Layers(*fields).init_with_output)(jax.random.key(key), x)[0]
+        for key, fields in enumerate([('relu', options), ('ftheta', options | learnt)])
+    ]
+    np.testing.assert_allclose(*outputs, rtol=1e-5, atol=1e-6)
+
+
+def test_module_that_starts_as_softmax():
+    """Short queries and keys, for which ε and the ReLU's share of 1.8 % are small.
+
+    Catches a start that is another attention.
+    """
+    arrays = inputs((2,), scale=0.5)
+    fields = {'theta_init': 'softmax', 'hidden': 0}
+    outputs = [
+        jax.jit(favor.FavorAttention(kernel, R, **more).init_with_output)(
+            jax.random.key(0), *arrays
+        )[0]
+        for kernel, more in (('softmax', {}), ('ftheta_mixture', fields))
+    ]
+    np.testing.assert_allclose(*outputs, atol=0.02)
+    uniform = np.broadcast_to(arrays[2].mean(axis=1, keepdims=True), outputs[0].shape)
+    assert np.max(np.abs(outputs[0] - uniform)) > 0.1
+
+
+@pytest.mark.parametrize('sharing', favor.THETA_SHARINGS)
+@pytest.mark.parametrize('theta_init', ['lecun', 'relu'])
+def test_what_shares_one_map(theta_init, sharing):
+    """Shapes, and what is equal at the start; catches heads that are copies of one for good.
+
+    Spare units of heads differ. Queries and keys start alike, and their gradients differ.
+    """
+    arrays = inputs((2,), heads=(4, 2))
+    module = favor.FavorAttention(
+        'ftheta_mixture', R, hidden=8, theta_init=theta_init, theta_sharing=sharing
+    )
+    params = jax.jit(module.init)(jax.random.key(0), *arrays)['params']
+    (theta,) = params.values()
+    heads = (2,) if sharing in ('sides', 'none') else ()
+    shapes = {
+        'hidden_kernel': (D, 8), 'hidden_bias': (8,), 'output_kernel': (8, R), 'output_bias': (R,),
+        'mixture_logit': (), 'log_temperature': (), 'norm_weight': (),
+    }  # fmt: skip
+    shapes = {name: (*heads, *shape) for name, shape in shapes.items()}
+    if sharing in ('heads', 'none'):
+        assert jax.tree.map(jnp.shape, theta) == {'query': shapes, 'key': shapes}
+        jax.tree.map(np.testing.assert_array_equal, theta['query'], theta['key'])
+        gradient = jax.grad(lambda params: jnp.sum(module.apply({'params': params}, *arrays) ** 2))(
+            params
+        )['theta']
+        assert np.any(gradient['query']['output_kernel'] != gradient['key']['output_kernel'])
+        theta = theta['query']
+    assert jax.tree.map(jnp.shape, theta) == shapes
+    if heads:
+        one, other = theta['hidden_kernel']
+        needed = R if theta_init == 'relu' else 0
+        np.testing.assert_array_equal(one[:, :needed], other[:, :needed])
+        assert np.all(one[:, needed:] != other[:, needed:])
+
+
 @pytest.mark.parametrize('kernel', ['exact', 'relu'])
 def test_module_takes_segments(kernel):
     """Catches an argument that the module does not hand on, or takes for the mask."""
@@ -992,7 +1136,24 @@ def test_the_matrix_is_not_formed_unless_asked_for():
         ),
         ({'kernel': 3}, "kernel is 3; allowed are 'exact', 'softmax'"),
         ({'kernel': 'relu', 'num_features': 4, 'temperature': 0.0}, 'temperature is 0.0'),
-        ({'kernel': 'ftheta', 'hidden': 0}, 'hidden is 0; set it to 1 or more'),
+        ({'kernel': 'ftheta', 'hidden': -1}, 'hidden is -1; .* needs 1 or more'),
+        ({'kernel': 'ftheta', 'theta_init': 'softmax'}, "Set it to 'relu' or 'lecun', or the ker"),
+        (
+            {'kernel': 'ftheta', 'theta_init': 'relu', 'num_features': 129},
+            'hidden is 128; .* needs 129 or more',
+        ),
+        (
+            {'kernel': 'ftheta', 'theta_init': 'relu', 'projection': 'none'},
+            "projection is missing for theta_init 'relu'",
+        ),
+        (
+            {'kernel': 'relu', 'num_features': 4, 'theta_init': 'zeros'},
+            "theta_init is 'zeros'; allowed are 'lecun'",
+        ),
+        (
+            {'kernel': 'relu', 'num_features': 4, 'theta_sharing': 'queries'},
+            "theta_sharing is 'queries'; allowed are 'all', 'sides', 'heads', 'none'",
+        ),
         (
             {'kernel': 'relu', 'projection': 'none', 'num_features': 9},
             'num_features is 9 .* Set num_features to 0 or 4',
@@ -1055,6 +1216,22 @@ W = np.ones((6, 4))
         ((Q, K, V), {'kernel': 'exact', 'projection': W}, "'exact' has none"),
         ((Q, K, V), {'kernel': 'ftheta'}, "theta is missing for kernel 'ftheta'"),
         ((Q, K, V), {'theta': {}}, "theta is given for kernel 'relu'"),
+        ((Q, K, V), {'kernel': 'ftheta', 'theta': {}}, 'theta has the shapes {} .* hidden_kernel'),
+        (
+            (Q, K, V),
+            weights('ftheta') | {'kernel': 'ftheta_mixture'},
+            "theta has the shapes .* kernel 'ftheta_mixture'; allowed are .*norm_weight",
+        ),
+        (
+            (Q, K, V),
+            {'kernel': 'ftheta', 'theta': INIT_THETA(jax.random.key(0), 3, 8, R, mixture=False)},
+            r"theta has the shapes .*allowed are .*'hidden_kernel': \(4, 8\)",
+        ),
+        (
+            (np.ones((2, 5, 3, 4)), np.ones((2, 7, 3, 4)), np.ones((2, 7, 3, 4))),
+            weights('ftheta', sharing='none'),
+            r'theta has the shapes .*\(2, 4, 8\).* leading axis \(3,\) of the key heads',
+        ),
         ((Q, K, V), {'temperature': 0}, 'temperature is 0; allowed is a finite number > 0'),
         ((Q, K, V), {'temperature': float('nan')}, 'temperature is nan'),
         ((Q, K, V), {'kernel': 'exact', 'temperature': -1.0}, 'temperature is -1.0'),

@@ -267,13 +267,205 @@ def test_float64_inputs_give_float64(name):
         np.testing.assert_allclose(features, expected, rtol=1e-12, atol=1e-13)
 
 
-@pytest.mark.parametrize('name', ['mixture_logit', 'log_temperature'])
+@pytest.mark.parametrize('name', ['mixture_logit', 'log_temperature', 'norm_weight'])
 def test_the_mixture_learns(name):
-    """Catches a weight or temperature that the output does not depend on."""
+    """Catches a weight or temperature that the output does not depend on, wherever it starts."""
     x = np.random.default_rng(1).normal(size=(5, 4)).astype(np.float32)
-    theta = theta_for('ftheta_mixture')
-    gradient = jax.jit(jax.grad(lambda t: jnp.sum(feature_maps.ftheta_mixture(x, t))))(theta)
-    assert abs(gradient[name]) > 1e-3
+    starts = [init_theta('ftheta_mixture', theta_init) for theta_init in feature_maps.THETA_INITS]
+    for theta in (theta_for('ftheta_mixture'), *starts):
+        gradient = jax.jit(jax.grad(lambda t: jnp.sum(feature_maps.ftheta_mixture(x, t))))(theta)
+        assert abs(gradient[name]) > 1e-3
+
+
+W = projections.gaussian(jax.random.key(7), 6, 4)
+
+
+def init_theta(kernel, theta_init, hidden=0):
+    return feature_maps.init_theta(
+        jax.random.key(3),
+        4,
+        hidden,
+        6,
+        mixture=kernel == 'ftheta_mixture',
+        theta_init=theta_init,
+        projection=None if theta_init == 'lecun' else W,
+    )
+
+
+@pytest.mark.parametrize('hidden', [0, 6, 15])
+@pytest.mark.parametrize('dtype', [jnp.float32, jnp.bfloat16])
+def test_ftheta_starts_as_relu_features(hidden, dtype):
+    """Values and slopes of `relu` with the same W, whatever hidden units there are besides.
+
+    Catches a scale, a sign or an ε of its own, and spare units that have a say at the start. To
+    float32's rounding; bfloat16 rounds the hidden layer to 8 bits.
+    """
+    x = np.random.default_rng(1).normal(size=(2, 5, 3, 4)).astype(dtype)
+    weights = np.random.default_rng(2).normal(size=(2, 5, 3, 6))
+    theta = init_theta('ftheta', 'relu', hidden)
+    assert theta['hidden_kernel'].shape == (4, hidden or 6)
+
+    def values_and_slopes(phi):
+        total = jax.jit(jax.value_and_grad(lambda x: jnp.sum(weights * phi(x).astype(float))))
+        return jax.jit(phi)(x), *total(x)
+
+    actual = values_and_slopes(lambda x: feature_maps.ftheta(x, theta, temperature=3))
+    expected = values_and_slopes(lambda x: feature_maps.relu(x, W, temperature=3))
+    tolerance = 1e-6 if dtype == jnp.float32 else 2**-6
+    for one, other in zip(actual, expected, strict=True):
+        np.testing.assert_allclose(np.float32(one), np.float32(other), tolerance, tolerance)
+
+
+@pytest.mark.parametrize('hidden', [0, 12, 15])
+@pytest.mark.parametrize('theta_init', ['relu', 'softmax'])
+def test_mixture_starts_as_one_of_its_branches(theta_init, hidden):
+    """The closed form in float64, and the weight of the other branch.
+
+    Catches a u that is not Wx', an exponent without -‖x'‖²/2, and a branch that has no weight.
+    """
+    x = np.random.default_rng(1).normal(size=(20, 4)).astype(np.float32)
+    theta = init_theta('ftheta_mixture', theta_init, hidden)
+    u = scaled(x) @ np.float64(W).T
+    if theta_init == 'relu':
+        u = np.maximum(u, 0)
+    weight = 1 / (1 + math.exp(-4 if theta_init == 'relu' else 4))
+    exponential = np.exp(u - np.sum(scaled(x) ** 2, axis=-1, keepdims=True) / 2)
+    expected = weight * np.maximum(u, 0) + (1 - weight) * exponential + 1e-3
+    actual = jax.jit(feature_maps.ftheta_mixture)(x, theta)
+    np.testing.assert_allclose(actual, expected / 6**0.5, rtol=1e-5)
+    assert 0.01 < min(weight, 1 - weight) < 0.02
+    branch = getattr(feature_maps, theta_init)(x, W)
+    assert np.max(np.abs(actual - branch)) < 0.03 * np.max(branch)
+
+
+@pytest.mark.parametrize('theta_init', ['relu', 'softmax'])
+def test_spare_units_are_learnt(theta_init):
+    """After one step of descent no weight of theirs is without a gradient; catches dead units."""
+    x = np.random.default_rng(1).normal(size=(200, 4)).astype(np.float32)
+    theta = init_theta('ftheta_mixture', theta_init, 15)
+    needed = {'relu': 6, 'softmax': 12}[theta_init]
+    assert np.all(theta['output_kernel'][needed:] == 0)
+    assert len(np.unique(theta['hidden_kernel'][:, needed:])) == 4 * (15 - needed)
+    weights = np.random.default_rng(2).normal(size=(200, 6))
+    gradient = jax.jit(
+        jax.grad(lambda theta: jnp.mean(weights * feature_maps.ftheta_mixture(x, theta)))
+    )
+    first = gradient(theta)
+    assert np.all(first['output_kernel'][needed:] != 0)
+    second = gradient(jax.tree.map(lambda leaf, slope: leaf - 0.1 * slope, theta, first))
+    assert np.all(second['hidden_kernel'][:, needed:] != 0)
+    assert np.all(second['hidden_bias'][needed:] != 0)
+
+
+@pytest.mark.parametrize(
+    ('given', 'message'),
+    [
+        ({'theta_init': 'zeros'}, "theta_init is 'zeros'; allowed are 'lecun', 'relu', 'softmax'"),
+        ({'theta_init': 'softmax', 'mixture': False}, "the kernel to 'ftheta_mixture'"),
+        ({'theta_init': 'softmax', 'hidden': 11}, 'hidden is 11; .* needs 12 or more.* 0 for 12'),
+        ({'theta_init': 'relu', 'hidden': 5}, 'hidden is 5; .* needs 6 or more.* 0 for 6'),
+        ({'theta_init': 'lecun', 'hidden': -1}, 'hidden is -1; .* needs 1 or more'),
+        ({'theta_init': 'lecun', 'projection': W}, "projection is given, but theta_init 'lecun'"),
+        ({'theta_init': 'relu', 'projection': None}, "projection is missing .* but 'none'"),
+        ({'theta_init': 'relu', 'projection': W[:5]}, r'projection is \(5, 4\) .* \(6, 4\)'),
+    ],
+)
+def test_init_theta_refuses(given, message):
+    """Catches a start that is silently another one."""
+    options = {'hidden': 0, 'mixture': True, 'projection': W} | given
+    if options['theta_init'] == 'lecun' and 'projection' not in given:
+        options['projection'] = None
+    with pytest.raises(BadInput, match=message):
+        feature_maps.init_theta(jax.random.key(0), 4, num_features=6, **options)
+
+
+NORMS = np.array([0.5, 2.0])
+ANGLES = np.linspace(0, np.pi, 7)
+
+
+def test_profile_of_relu_features_is_the_arc_cosine_kernel():
+    """Within 5 standard errors for 100,000 independent rows: a false alarm comes once in 10^6.
+
+    E[ReLU(w·x) ReLU(w·y)] = ‖x‖ ‖y‖ (sin α + (π - α) cos α) / 2π (Cho and Saul 2009), and what ε
+    adds to it. By Cauchy and Schwarz the variance of one row is at most 3/2 ‖x‖² ‖y‖², E ReLU(z)⁴
+    being 3/2 for z ~ N(0, 1), and that of the mean over planes no more. Catches x' mistaken for x,
+    a wrong angle, sum or mean.
+    """
+    w = projections.gaussian(jax.random.key(1), 100_000, 8)
+    relu = jax.jit(functools.partial(feature_maps.relu, projection=w))
+    profile = feature_maps.kernel_profile(relu, 8, NORMS, ANGLES, jax.random.key(2), num_planes=2)
+    x, y = NORMS[:, None, None] / 8**0.25, NORMS[:, None] / 8**0.25
+    expected = x * y * (np.sin(ANGLES) + (np.pi - ANGLES) * np.cos(ANGLES)) / (2 * np.pi)
+    expected = expected + 1e-3 * (x + y) / np.sqrt(2 * np.pi) + 1e-6
+    standard_error = np.sqrt(1.5 / 100_000) * x * y
+    assert profile.mean.shape == profile.deviation.shape == (2, 2, 7)
+    assert np.all(np.abs(profile.mean - expected) < 5 * standard_error)
+    assert np.all(profile.deviation < 5 * standard_error)
+
+
+def test_profile_of_softmax_features_is_the_exponential_kernel():
+    """exp(x'·y') within 5 standard errors of 100,000 independent rows, from their closed form."""
+    w = projections.gaussian(jax.random.key(1), 100_000, 8)
+    softmax = jax.jit(functools.partial(feature_maps.softmax, projection=w, temperature=4))
+    profile = feature_maps.kernel_profile(
+        softmax, 8, NORMS, ANGLES, jax.random.key(2), num_planes=2
+    )
+    x, y = NORMS[:, None, None] / 2, NORMS[:, None] / 2
+    products = x * y * np.cos(ANGLES)
+    variance = np.expm1(x**2 + y**2 + 2 * products) / 100_000
+    error = np.abs(profile.mean / np.exp(products) - 1)
+    assert np.all(error < 5 * np.sqrt(variance) + 1e-5)
+    assert np.any(np.abs(products) > 0.5)
+
+
+def test_profile_of_other_maps_of_keys():
+    """A kernel without randomness, x·y ‖y‖²: catches axes in another order, and a map of keys
+    that is not used or is that of queries.
+    """
+    profile = feature_maps.kernel_profile(
+        lambda x: x,
+        5,
+        NORMS,
+        ANGLES[:6],
+        jax.random.key(2),
+        key_feature_map=lambda y: y * jnp.sum(y**2, axis=-1, keepdims=True),
+    )
+    expected = NORMS[:, None, None] * NORMS[:, None] ** 3 * np.cos(ANGLES[:6])
+    np.testing.assert_allclose(profile.mean, expected, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(profile.deviation, 0, atol=1e-5)
+
+
+def test_profile_is_the_mean_over_planes_of_all_directions():
+    """Of (x₁ y₁) it is x·y / D, by symmetry; within 5 standard errors of 4,000 planes.
+
+    Catches planes that favour a direction, and a deviation that is not that of planes:
+    Var[x₁²] = 2 (D - 1) / (D² (D + 2)) for a uniform direction x.
+    """
+    profile = feature_maps.kernel_profile(
+        lambda x: x[..., :1], 3, [1.0], ANGLES, jax.random.key(2), num_planes=4000
+    )
+    standard_error = profile.deviation[0, 0] / 4000**0.5
+    assert np.all(np.abs(profile.mean[0, 0] - np.cos(ANGLES) / 3) < 5 * standard_error)
+    assert profile.deviation[0, 0, 0] == pytest.approx((4 / 45) ** 0.5, rel=0.05)
+
+
+@pytest.mark.parametrize(
+    ('given', 'message'),
+    [
+        ({'norms': [0.0]}, r'norms is \[0'),
+        ({'norms': [math.inf]}, 'norms is .*inf'),
+        ({'norms': 1.0}, 'norms is 1'),
+        ({'angles': [-0.1]}, 'angles is .*from 0 to π'),
+        ({'angles': [3.2]}, 'angles is'),
+        ({'angles': []}, 'angles is .* at least one'),
+        ({'dim': 1}, 'dim is 1 and num_planes 64'),
+        ({'num_planes': 0}, 'num_planes 0'),
+    ],
+)
+def test_profile_refuses(given, message):
+    given = {'dim': 4, 'norms': [1.0], 'angles': [0.0], 'key': jax.random.key(0)} | given
+    with pytest.raises(BadInput, match=message):
+        feature_maps.kernel_profile(lambda x: x, **given)
 
 
 def estimates(query, key, projection, num_features, num_draws):

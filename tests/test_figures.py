@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from matplotlib.image import imread
 
-from performer_vit import approximation, favor, figures, workdir
+from performer_vit import approximation, favor, figures, model_speed, timing, workdir
 from performer_vit.errors import BadInput
 
 TITLE = 'Performer-ReLU on digits'
@@ -69,6 +69,25 @@ def approximation_study():
     return {'settings': settings, 'rows': rows}
 
 
+def model_speed_study():
+    """What `model_speed.study` returns, with N and N² for times; JAX's ViT stops at 1,024."""
+    lengths = [64, 256, 1024, 4096]
+    model = {'width': 256, 'depth': 8, 'num_heads': 8}
+    rows = []
+    for length, which, (i, name) in itertools.product(
+        lengths, model_speed.PASS_NAMES, enumerate(model_speed.CONTENDERS)
+    ):
+        row = {'length': length, 'pass': which, 'contender': name}
+        if name == 'jax_exact' and length > 1024:
+            rows.append(row | {'not_run': 'no memory'})
+            continue
+        seconds = (1 + i / 8) * 1e-4 * length * (1 + (name in model_speed.VITS) * length / 1024)
+        seconds /= 3 if which == 'inference' else 1
+        spread = timing.spread([0.9 * seconds, seconds, 1.2 * seconds])
+        rows.append(row | {'seconds_per_image': spread})
+    return {'settings': {'lengths': lengths, 'config': {'model': model}}, 'rows': rows}
+
+
 @functools.cache
 def visible_texts(name):
     """Every text that is drawn, with its box in pixels."""
@@ -116,6 +135,7 @@ def all_figures():
     ]  # fmt: skip
     made['comparison'] = figures.comparison(rows, 'All kernels on digits')
     made |= figures.approximation_figures(approximation_study())
+    made['model-speed'] = figures.model_speed(model_speed_study())
     assert set(made) == set(FIGURES)  # None goes untested.
     return made
 
@@ -123,7 +143,7 @@ def all_figures():
 FIGURES = (
     'curves-1', 'curves-3', 'curves-100', 'confusion-10', 'per-class-10', 'confidence-10',
     'confusion-100', 'per-class-100', 'confidence-100', 'comparison', 'approximation-features',
-    'approximation-length', 'approximation-scale', 'approximation-projections',
+    'approximation-length', 'approximation-scale', 'approximation-projections', 'model-speed',
 )  # fmt: skip
 
 
@@ -446,6 +466,42 @@ def test_fewer_colours_change_a_figure_little(tmp_path):
     weights = [65536, 256, 1]
     assert len(np.unique(few @ weights)) <= 128 < len(np.unique(every @ weights))
     assert sorted(path.name for path in tmp_path.iterdir()) == ['all.png', 'few.png']
+
+
+# Time of whole models
+
+
+def test_models_keep_their_colours_and_lines_hold_the_medians():
+    """Catches the fastest round drawn, passes exchanged, and a model in another's colour."""
+    study = model_speed_study()
+    figure = all_figures()['model-speed']
+    titles = [axes.get_title() for axes in figure.axes]
+    assert titles == list(model_speed.PASS_NAMES.values())
+    for which, axes in zip(model_speed.PASS_NAMES, figure.axes, strict=True):
+        assert axes.get_xscale() == axes.get_yscale() == 'log'
+        lines = [container.lines[0] for container in axes.containers]
+        for name, line in zip(model_speed.CONTENDERS, lines, strict=True):
+            expected = [
+                (row['length'], row['seconds_per_image']['median'])
+                for row in study['rows']
+                if (row['pass'], row['contender']) == (which, name) and 'not_run' not in row
+            ]
+            np.testing.assert_allclose(line.get_xydata(), expected)
+            kernel = 'exact' if name == 'jax_exact' else name
+            assert line.get_color() == figures.MODEL_COLOURS[kernel]
+    assert tuple(figures.MODEL_LINES) == model_speed.CONTENDERS
+    styles = {(line, marker) for _, line, marker, _ in figures.MODEL_LINES.values()}
+    assert len(styles) == len(figures.MODEL_LINES)  # Told apart without colours too.
+    assert legend(figure)[:3] == ['ViT', 'ViT, attention of jax.nn', 'Performer-ReLU']
+
+
+def test_a_model_of_one_panel_is_in_the_legend():
+    """Catches a line that no one can name, of a model whose training did not fit in memory."""
+    study = model_speed_study()
+    study['rows'] = [
+        row for row in study['rows'] if (row['pass'], row['contender']) != ('training', 'jax_exact')
+    ]
+    assert 'ViT, attention of jax.nn' in legend(figures.model_speed(study))
 
 
 # Files

@@ -1,7 +1,5 @@
 """Batch order, shares of devices and processes, and what arrives on the devices."""
 
-import functools
-
 import jax
 import numpy as np
 import pytest
@@ -9,6 +7,7 @@ import pytest
 from performer_vit import augment, input_pipeline
 from performer_vit.datasets import Split
 from performer_vit.errors import BadInput
+from tests.conftest import load_config
 
 _N = 23
 
@@ -87,7 +86,7 @@ def test_cached_order_cannot_be_written():
 
 
 def test_train_batches_are_the_looked_up_examples(split):
-    """Would catch images and labels that drift apart, wrong dtypes and wrong positions."""
+    """Would catch images, labels and indices that drift apart, wrong dtypes, wrong positions."""
     batches = _train(split)
     assert len(batches) == 12
     for step, batch in enumerate(batches):
@@ -97,10 +96,12 @@ def test_train_batches_are_the_looked_up_examples(split):
             'image': 'uint8',
             'label': 'int32',
             'position': 'int32',
+            'index': 'int32',
         }
         np.testing.assert_array_equal(np.ravel(batch['image'][..., 1, 2, 0]), chosen)
         np.testing.assert_array_equal(np.ravel(batch['label']), split.labels[chosen])
         np.testing.assert_array_equal(np.ravel(batch['position']), range(4))
+        np.testing.assert_array_equal(np.ravel(batch['index']), chosen)
 
 
 @pytest.mark.parametrize('first_step', [1, 5, 11])
@@ -203,16 +204,23 @@ def test_four_devices_train_on_what_one_device_trains_on():
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (20, 8, 8, 3), np.uint8)
     split = Split(images, np.arange(20, dtype=np.int32))
-    step = functools.partial(augment.augment, padding=4, flip=True)
+    options = load_config('vit').augment
+
+    def step(batch):
+        targets = jax.nn.one_hot(batch['label'], 20)
+        return augment.augment(
+            options, batch, targets, seed=0, step_key=jax.random.key(0), epoch=1, mirror=True,
+            mean=np.full(3, 0.5), std=np.full(3, 0.25),
+        )[0]  # fmt: skip
+
     results = []
     for devices in (everywhere[:4], everywhere[:1], everywhere[2:4]):
-        run = jax.pmap(step, in_axes=(None, 0, 0), devices=devices)
+        run = jax.pmap(step, devices=devices)
         outputs = []
         for batch in _train(split, batch_size=8, num_steps=3, devices=devices):
             assert [shard.device for shard in batch['image'].addressable_shards] == devices
             assert batch['image'].shape == (len(devices), 8 // len(devices), 8, 8, 3)
-            augmented = run(jax.random.key(0), batch['position'], batch['image'])
-            outputs.append(np.asarray(augmented).reshape(8, 8, 8, 3))
+            outputs.append(np.asarray(run(batch)).reshape(8, 8, 8, 3))
         results.append(np.stack(outputs))
     np.testing.assert_array_equal(results[0], results[1])
     np.testing.assert_array_equal(results[0], results[2])

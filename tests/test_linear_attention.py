@@ -391,6 +391,80 @@ def test_features_themselves():
     assert_close(jax.jit(la.quadratic_attention)(query, key, value), expected)
 
 
+def by_head(factor, kind='positive'):
+    """A map of [..., G, T, D'] to which vectors of key head g are g + `factor` times as long."""
+    return lambda x: MAPS[kind](x * (jnp.arange(x.shape[-3])[:, None, None] + factor), jnp)
+
+
+@pytest.mark.parametrize(
+    ('form', 'kind'),
+    [(form, 'positive') for form in ('all', 'causal', 'segments', 'prefix', 'states', 'any mask')]
+    + [('all', 'log_positive'), ('causal', 'log_positive')],
+)
+def test_keys_may_have_a_map_of_their_own(form, kind):
+    """Against the features themselves in the place of queries and keys, for which no map is needed.
+
+    Catches the map of one side applied to the other, in any order of the sums, and key heads that
+    are not the third axis from the right of what a map sees.
+    """
+    maps = {'feature_map': by_head(0.5, kind), 'key_feature_map': by_head(2, kind)}
+    query, key, value = inputs((2, 3))
+
+    def heads_first(x):
+        """[..., N, G·P, D] to [..., G, N·P, D]."""
+        x = x.reshape(*x.shape[:-2], 2, -1, x.shape[-1])
+        return jnp.moveaxis(x, -3, -4).reshape(*x.shape[:-4], 2, -1, x.shape[-1])
+
+    def heads_last(features):
+        features = features.reshape(2, 3, 2, 11, -1, features.shape[-1])
+        return jnp.moveaxis(features, -4, -3).reshape(2, 3, 11, -1, features.shape[-1])
+
+    def features(side, x):
+        features = maps[side](heads_first(x))
+        return heads_last(features if kind == 'positive' else jnp.exp(features.log_value))
+
+    segment_ids = np.arange(11) // 4
+    mask = draw_mask(0.6, (2, 3, 4, 11, 11))
+
+    def attend(query, key, value, **given):
+        if form == 'all':
+            return la.linear_attention(query, key, value, block_size=4, **given)
+        if form == 'segments':
+            return la.linear_attention(
+                query, key, value, segment_ids=segment_ids, block_size=4, **given
+            )
+        if form == 'any mask':
+            return la.quadratic_attention(query, key, value, mask=mask, **given)
+        if form == 'states' and given:
+            state = la.init_state(key, value, given['key_feature_map'])
+            state = la.absorb(state, key[:, :, :5], value[:, :, :5], given['key_feature_map'])
+            first = la.read(state, query[:, :, :1], given['feature_map'])
+            arrays = (x[:, :, 5:] for x in (query, key, value))
+            return jnp.concatenate([first, la.extend(state, *arrays, **given)[0]], axis=2)
+        if form == 'states':
+            first = la.linear_attention(query[:, :, :1], key[:, :, :5], value[:, :, :5])
+            rest = la.causal_linear_attention(query[:, :, 5:], key, value)
+            return jnp.concatenate([first, rest], axis=2)
+        if form == 'prefix':
+            query = query[:, :, 5:]
+        return la.causal_linear_attention(query, key, value, block_size=4, **given)
+
+    def loss(with_maps, *arrays):
+        if with_maps:
+            output = attend(*arrays, **maps)
+        else:
+            query, key, value = arrays
+            sides = (('feature_map', query), ('key_feature_map', key))
+            output = attend(*(features(side, x) for side, x in sides), value)
+        return jnp.sum(jnp.sin(output)), output
+
+    run = jax.jit(jax.grad(loss, argnums=(1, 2, 3), has_aux=True), static_argnums=0)
+    gradients, output = run(True, query, key, value)
+    expected_gradients, expected = run(False, query, key, value)
+    assert_close(output, expected, 1e-4)
+    assert_close(gradients, expected_gradients, 1e-3)
+
+
 @pytest.mark.parametrize('block_size', [None, 4])
 @pytest.mark.parametrize('form', ['all', 'causal'])
 def test_feature_maps_may_compute_in_bfloat16(form, block_size):
@@ -1131,6 +1205,16 @@ BAD = {
         {},
     ),
     'query has 3 heads, key 2, and': (la.read, (la.init_state(KEY, VALUE), QUERY[:, :, :3]), {}),
+    'feature_map gives .*key_feature_map': (
+        ALL,
+        (QUERY, KEY, VALUE),
+        {'key_feature_map': lambda x: x[..., :2]},
+    ),
+    'feature_map gives .*key_feature_map .*LogFeatures': (
+        la.attention_matrix,
+        (QUERY, KEY),
+        {'key_feature_map': lambda x: la.LogFeatures(x)},
+    ),
 }
 
 

@@ -163,6 +163,17 @@ def test_muon_against_the_singular_vectors(module, shape, matrix):
     np.testing.assert_allclose(singular, np.diag(values), atol=2e-3)
 
 
+@pytest.mark.parametrize('name', ['hidden_kernel', 'output_kernel'])
+@pytest.mark.parametrize('module', ['theta', 'query'])
+def test_muon_takes_each_head_of_ftheta_for_a_matrix(name, module):
+    """Catches [H, D, R] taken for the [C, H, D] or [H, D, C] of a multi-head layer."""
+    gradient = np.random.default_rng(0).normal(size=(3, 6, 10)).astype(np.float32)
+    together = update_of_muon(name, module, gradient)
+    apart = [update_of_muon(name, module, one) for one in gradient]
+    np.testing.assert_allclose(together, apart, rtol=1e-4, atol=1e-6)
+    assert update_of_muon('kernel', 'query', gradient) != pytest.approx(together, rel=0.1)
+
+
 @pytest.mark.parametrize('module, name', [('head', 'kernel'), ('norm', 'scale'), ('mlp', 'bias')])
 def test_muon_leaves_all_but_inner_matrices_to_adam(module, name):
     """The first update of Adam, in Nesterov's form, is the gradient's sign, whatever its size.
@@ -189,7 +200,9 @@ def test_muon_decays_kernels_alone_and_apart_from_the_gradient():
 def test_every_parameter_of_every_model_has_an_optimiser():
     """Catches a parameter that Muon would take for a matrix of the wrong axes, or leave out."""
     for name in ('vit', 'performer_relu', 'performer_ftheta'):
-        model = vit.from_config(load_config(name).model, num_classes=10, seed=0)
+        config = load_config(name)
+        config.model.attention.theta_sharing = 'none'  # The most parameters, in the most places.
+        model = vit.from_config(config.model, num_classes=10, seed=0)
         images = jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32)
         params = jax.eval_shape(model.init, jax.random.key(0), images)['params']
         chosen = jax.tree.leaves(optimizers.matrices(params), is_leaf=lambda x: x is None or (

@@ -1,28 +1,118 @@
-"""The published table says what the results say."""
+"""The published tables say what the results say, and the README what the tables say."""
+
+import copy
+import pathlib
 
 import pytest
 
 from performer_vit import tables, workdir
 from performer_vit.errors import BadInput
 
+ROOT = pathlib.Path(__file__).parent.parent
 ROW = {
-    'dataset': 'cifar10', 'kernel': 'relu', 'seed': 0, 'epochs': 3, 'num_features': 64,
-    'projection': 'orthogonal', 'num_params': 370634, 'test_accuracy': 0.70125,
-    'validation_accuracy': None, 'train_seconds_per_epoch': 109.4, 'inference_seconds': 9.96,
-    'images_per_second': 366.0,
+    'dataset': 'cifar10', 'kernel': 'relu', 'seed': 0, 'epochs': 2, 'num_features': 64,
+    'projection': 'orthogonal', 'num_params': 370634, 'num_tokens': 64, 'test_accuracy': 0.70125,
+    'validation_accuracy': 0.7, 'train_seconds_per_epoch': 109.4, 'inference_seconds': 9.96,
+    'images_per_second': 366.0, 'train_gflop_per_image': 0.5, 'device': '1 × cpu (made up)',
+    'versions': {'jax': '0.10.2', 'git_commit': '0123456789'},
+    'history': [
+        {'seconds': 100.0, 'validation_accuracy': 0.5},
+        {'seconds': 110.0, 'validation_accuracy': 0.7},
+    ],
+    'config': {'seed': 0, 'model': {'width': 64, 'attention': {'kernel': 'relu'}}},
 }  # fmt: skip
+ACCURACIES = {'exact': (0.80, 0.81, 0.79), 'relu': (0.82, 0.83, 0.812), 'gelu': (0.5, 0.9, 0.7)}
 
 
-def test_table_and_figure(tmp_path, capsys):
-    """Catches rounding up, columns in another order, and a ViT that is not the first row."""
-    workdir.write_json(tmp_path / 'a.json', ROW)
-    vit = {**ROW, 'kernel': 'exact', 'validation_accuracy': 0.5, 'test_accuracy': 0.6}
-    workdir.write_json(tmp_path / 'b.json', vit)
-    tables.main(['tables', str(tmp_path)])
-    lines = capsys.readouterr().out.splitlines()
-    assert lines[2] == '| ViT | 60.00% | 50.00% | 109 | 10.0 | 370,634 |'
-    assert lines[3] == '| Performer-ReLU | 70.12% | – | 109 | 10.0 | 370,634 |'
-    assert (tmp_path / 'comparison.png').stat().st_size > 5000
+def write(directory, kernel='relu', seed=0, *, width=64, name=None, **fields):
+    row = {**copy.deepcopy(ROW), 'kernel': kernel, 'seed': seed, **fields}
+    row['config'].update(seed=seed)
+    row['config']['model'].update(width=width)
+    row['config']['model']['attention']['kernel'] = kernel
+    workdir.write_json(directory / f'{name or f"{kernel}-{seed}"}.json', row)
+
+
+@pytest.fixture
+def compared(tmp_path):
+    """A comparison of three kernels with three seeds each."""
+    for kernel, accuracies in ACCURACIES.items():
+        for seed, accuracy in enumerate(accuracies):
+            write(tmp_path, kernel, seed, test_accuracy=accuracy)
+    return tmp_path
+
+
+def cells(line: str) -> list[str]:
+    return line.strip('| ').split(' | ')
+
+
+def test_comparison_says_mean_deviation_and_difference(compared):
+    """Catches a population's deviation, a wrong sign, an unsupported claim, or a lost commit."""
+    text = tables.comparison_table(compared)
+    vit, relu, gelu = (cells(line) for line in text.splitlines()[2:5])
+    assert vit[:6] == ['ViT', '3', '80.00 ± 1.00 %', '–', '–', '–']
+    assert relu[:4] == ['Performer-ReLU', '3', '82.07 ± 0.90 %', '+2.07']
+    assert gelu[:4] == ['Performer-GELU', '3', '70.00 ± 20.00 %', '-10.00']
+    assert 'Performer-ReLU above the ViT' in text and 'Performer-GELU below' not in text
+    assert 'commit 0123456.' in text and '1 × cpu (made up)' in text
+
+
+def test_a_comparison_of_unlike_runs_is_refused(compared):
+    write(compared, 'elu', 0, width=128)
+    with pytest.raises(BadInput, match=r'model.width \(64 and 128\) differ'):
+        tables.comparison_table(compared)
+
+
+def test_study_beside_ours(compared):
+    """Both differences are from the ViT of the same column."""
+    lines = tables.study_table(compared).splitlines()[2:]
+    vit, relu, _ = (cells(line) for line in lines)
+    assert vit[1] == '84.79 %' and vit[-2:] == ['+0.00', '+0.00']
+    assert relu[1] == '87.39 %' and relu[-2:] == ['+2.60', '+2.07']
+    assert len(lines) == 3  # No row for a model that was not run here.
+
+
+def test_ablations_are_named_by_what_changed(tmp_path):
+    write(tmp_path, name='base')
+    write(tmp_path, name='any-name', width=128, validation_accuracy=0.72)
+    lines = tables.ablation_table(tmp_path).splitlines()[2:4]
+    assert cells(lines[0])[:3] == ['none', '70.00%', '–']
+    assert cells(lines[1])[:3] == ['`model.width` 128, not 64', '72.00%', '+2.00']
+    write(tmp_path, name='copy')
+    with pytest.raises(BadInput, match='copy.json has the config of base.json'):
+        tables.ablation_table(tmp_path)
+
+
+def test_a_run_says_its_minutes(tmp_path):
+    write(tmp_path, name='one', history=[{'seconds': 300.0, 'validation_accuracy': None}] * 3)
+    assert cells(tables.run_table(tmp_path / 'one.json').splitlines()[2])[:4] == [
+        'Performer-ReLU', '70.12%', '15', '2',
+    ]  # fmt: skip
+
+
+def test_main_rewrites_what_is_generated_and_nothing_else(compared, capsys):
+    text = 'before\n<!-- begin comparison . -->\nold\n<!-- end -->\nafter\n'
+    readme = compared / 'README.md'
+    readme.write_text(text)
+    tables.main(['tables', str(readme)])
+    made = readme.read_text()
+    assert made.startswith('before\n<!-- begin comparison . -->\n| model')
+    assert made.endswith('<!-- end -->\nafter\n') and 'old' not in made
+    assert (compared / 'comparison.png').stat().st_size > 5000
+    assert (compared / 'accuracy.png').stat().st_size > 5000
+    assert tables.rewrite(made, compared) == made
+
+
+def test_an_unknown_kind_is_refused_before_anything_is_drawn(tmp_path):
+    readme = tmp_path / 'README.md'
+    readme.write_text('<!-- begin poem results -->\n<!-- end -->\n')
+    with pytest.raises(SystemExit, match="the kind of a generated table is 'poem'; allowed are"):
+        tables.main(['tables', str(readme)])
+
+
+def test_the_readme_is_as_generated():
+    """Catches a README whose tables were edited by hand, or that is older than the results."""
+    text = (ROOT / 'README.md').read_text(encoding='utf-8')
+    assert tables.rewrite(text, ROOT) == text
 
 
 def test_an_empty_directory(tmp_path):

@@ -24,6 +24,7 @@ from performer_vit import (
 from performer_vit.errors import BadInput
 from performer_vit.favor import redraw_projections
 from tests.conftest import load_config
+from tests.test_augment import EVERYTHING
 
 CONFIGS = (
     'vit', 'performer_relu', 'performer_exp', 'performer_gelu', 'performer_elu',
@@ -72,9 +73,11 @@ def test_overfits_32_images(tiny_config):
     assert metrics[0]['loss'] == pytest.approx(np.log(10), abs=1e-5)  # The head starts at zero.
 
 
-def test_four_devices_equal_one(tiny_config):
+@pytest.mark.parametrize('changes', [{}, EVERYTHING])
+def test_four_devices_equal_one(tiny_config, changes):
     """Catches gradients that are summed instead of averaged, and augmentation, order or
     projections that depend on the number of devices. Differences are those of rounding."""
+    tiny_config.augment.update(changes)
     tiny_config.optimizer.warmup_epochs = 0.0
     tiny_config.model.attention.redraw_every = 2
     (start, *_, one), metrics_one = train_for(tiny_config, digits(), 4, num_devices=1)
@@ -88,10 +91,15 @@ def test_four_devices_equal_one(tiny_config):
     assert max(jax.tree.leaves(moved)) > 1e-3  # Else the comparison above says nothing.
 
 
-def test_loss_against_numpy(tiny_config):
-    """Smoothed cross-entropy of the first step, from the model's own logits, in NumPy."""
+@pytest.mark.parametrize('share', [1.0, 0.3])
+def test_loss_against_numpy(tiny_config, monkeypatch, share):
+    """Smoothed cross-entropy of the first step, from the model's own logits, in NumPy. Of mixed
+    images it is that to λ·smooth(a) + (1 - λ)·smooth(b), and accuracy counts the larger share."""
     tiny_config.label_smoothing = 0.2
     tiny_config.augment.crop_padding = 0
+    if share < 1:
+        tiny_config.augment.mixup = 1.0
+        monkeypatch.setattr(jax.random, 'beta', lambda *_: jnp.float32(share))
     dataset = digits()
     training = train.prepare(tiny_config, dataset)
     noise = jax.random.normal(jax.random.key(3), training.state.params['head']['kernel'].shape)
@@ -104,15 +112,47 @@ def test_loss_against_numpy(tiny_config):
     step = jax.pmap(training.step_fn, axis_name='batch', devices=jax.devices()[:1])
     _, metrics = step(state, batch)
 
+    partners = np.arange(128) ^ 1
     pixels = (np.asarray(batch['image'][0]) / 255.0 - dataset.mean) / dataset.std
+    pixels = share * pixels + (1 - share) * pixels[partners]
     variables = {'params': training.state.params, 'projections': training.state.projections}
     logits = np.asarray(training.model.apply(variables, jnp.asarray(pixels, jnp.float32)))
     log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
     labels = np.asarray(batch['label'][0])
     targets = np.full((128, 10), 0.2 / 10)
     targets[np.arange(128), labels] += 0.8
+    targets = share * targets + (1 - share) * targets[partners]
+    larger = labels if share > 0.5 else labels[partners]
     assert train.scalar(metrics['loss']) == pytest.approx(-(targets * log_p).sum(-1).mean(), 1e-4)
-    assert train.scalar(metrics['accuracy']) == pytest.approx((log_p.argmax(-1) == labels).mean())
+    assert train.scalar(metrics['accuracy']) == pytest.approx((log_p.argmax(-1) == larger).mean())
+
+
+def test_alternating_flips_change_sides_from_epoch_to_epoch(tiny_config):
+    """Weights stand still, so the loss over an epoch returns when all images show the same sides.
+
+    Catches sides that follow the step or the position instead of the epoch and the image.
+    """
+    config = tiny_config
+    config.batch_size = 32
+    config.augment.update(crop_padding=0, flip='alternating')
+    config.optimizer.learning_rate = 1e-30
+    dataset = dataclasses.replace(first_images(digits(), 64), flip=True)
+    training = train.prepare(config, dataset)
+    noise = jax.random.normal(jax.random.key(3), training.state.params['head']['kernel'].shape)
+    training.state.params['head']['kernel'] = noise
+    device = jax.devices()[:1]
+    step = jax.pmap(training.step_fn, axis_name='batch', devices=device)
+    state = jax_utils.replicate(training.state, device, axis_name='batch')
+    batches = input_pipeline.train_batches(
+        dataset.train, seed=0, batch_size=32, first_step=0, num_steps=8, devices=device
+    )
+    losses = []
+    for number, batch in enumerate(batches):
+        state, _ = step(state, batch)
+        if number % 2:
+            losses.append(train.scalar(state.epoch_sums['loss']))
+    assert losses[2:] == pytest.approx(losses[:2], rel=1e-6)
+    assert abs(losses[0] - losses[1]) > 1e-3
 
 
 def test_projections_are_redrawn_when_due(tiny_config):
@@ -404,6 +444,11 @@ def test_every_config_trains_two_steps(name):
         ('dataset.validation_fraction', 0.0, r"set test_state to 'last'"),
         ('checkpoint.keep', 0, r'checkpoint.keep is 0'),
         ('augment.crop_padding', 32, r'crop_padding is 32; .* below 32'),
+        ('augment.flip', 'False', r"augment.flip is 'False'; allowed are 'random', 'alternating'"),
+        ('augment.cutout', 32, r'augment.cutout is 32; .* below 32'),
+        ('augment.mixup', -1.0, r'augment.mixup is -1.0; set it to 0'),
+        ('augment.randaugment_layers', -1, r'randaugment_layers is -1'),
+        ('augment.randaugment_magnitude', 11.0, r'randaugment_magnitude is 11.0; .* 0 to 10'),
         ('model.attention.hidden', 0, r'hidden is 0'),
         ('seed', 2**40, r'seed is 1099511627776; .* below 2\*\*32'),
         ('optimizer.warmup_epochs', 9.0, r'warmup_epochs is 9.0'),
