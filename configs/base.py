@@ -3,13 +3,59 @@
 The argument after the colon picks the data set and, after a comma, another size of the model:
 
     python run.py --config=configs/vit.py:cifar100
-    python run.py --config=configs/vit.py:cifar10,study
+    python run.py --config=configs/performer_relu.py:cifar10,large
 """
 
 from ml_collections import ConfigDict
 
 DATASETS = ('cifar10', 'cifar100', 'digits')
-SIZES = ('study',)
+
+# What a size changes of the fields below.
+SIZES = {
+    # For two hours on two CPU cores.
+    'large': {
+        'num_epochs': 16,
+        'model.stem_blocks': 1,
+        'model.depth': 3,
+        'augment.cutout': 8,
+    },
+    # For a GPU: as large as the small transformers that reach the most on CIFAR, and as long.
+    'gpu': {
+        'num_epochs': 300,
+        'batch_size': 512,
+        'model.stem_channels': (128, 128),
+        'model.stem_blocks': 2,
+        'model.width': 384,
+        'model.depth': 7,
+        'model.num_heads': 6,
+        'model.mlp_dim': 1152,
+        'model.drop_path_rate': 0.1,
+        'model.dtype': 'bfloat16',
+        'augment.flip': 'random',
+        'augment.randaugment_layers': 2,
+        'augment.randaugment_magnitude': 9.0,
+        'augment.mixup': 0.8,
+        'augment.cutmix': 1.0,
+        'optimizer.warmup_epochs': 10.0,
+        'optimizer.schedule': 'cosine',
+        'ema_decay': 0.999,
+    },
+    # The model of the study that this project reimplements: its ViT's, for every kernel.
+    'study': {
+        'num_epochs': 31,
+        'model.stem': 'patch',
+        'model.width': 256,
+        'model.depth': 8,
+        'model.num_heads': 8,
+        'model.mlp_dim': 512,
+        'model.dropout_rate': 0.1,
+        'augment.flip': 'random',
+        'optimizer.name': 'adamw',
+        'optimizer.learning_rate': 5e-4,
+        'optimizer.schedule': 'cosine',
+        'optimizer.warmup_epochs': 1.0,
+    },
+}
 
 
 def get_config(arguments: str = '') -> ConfigDict:
@@ -20,7 +66,7 @@ def get_config(arguments: str = '') -> ConfigDict:
     if len(datasets) > 1 or len(sizes) > 1 or len(datasets) + len(sizes) < len(words):
         raise ValueError(
             f'the config argument is {arguments!r}; allowed is at most one data set of '
-            f'{DATASETS} and at most one size of {SIZES}, separated by a comma.'
+            f'{DATASETS} and at most one size of {tuple(SIZES)}, separated by a comma.'
         )
 
     config = ConfigDict()
@@ -51,6 +97,7 @@ def get_config(arguments: str = '') -> ConfigDict:
     config.model.stem = 'conv'  # Or 'patch'.
     config.model.patch_size = 4  # Pixels along a token: 4, 2, 1 give 64, 256, 1,024 tokens.
     config.model.stem_channels = (64, 64)  # Of the 'conv' stem.
+    config.model.stem_blocks = 0  # Residual convolutions of the 'conv' stem, on the tokens' grid.
     config.model.width = 256
     config.model.depth = 2
     config.model.num_heads = 4
@@ -105,15 +152,6 @@ def get_config(arguments: str = '') -> ConfigDict:
     config.log_every_steps = 20
     config.profile = False  # Trace some steps, from the first report on, for TensorBoard.
 
-    if sizes == ['study']:
-        # The ViT of the study that this project reimplements.
-        config.model.update(
-            stem='patch',
-            patch_size=4,
-            width=256,
-            depth=8,
-            num_heads=8,
-            mlp_dim=512,
-            dropout_rate=0.1,
-        )
+    for size in sizes:
+        config.update_from_flattened_dict(SIZES[size])
     return config

@@ -1,7 +1,7 @@
 """Every claim of speed, memory and error as a command.
 
     python -m performer_vit.benchmark train_step --config=configs/performer_relu.py
-    python -m performer_vit.benchmark train_step --config=configs/vit.py:cifar10,study --peers
+    python -m performer_vit.benchmark train_step --config=FILE --config.optimizer.name=adamw --peers
     python -m performer_vit.benchmark inference --config=configs/performer_relu.py --json=FILE
     python -m performer_vit.benchmark tokens --config=configs/vit.py:cifar10,study --json=FILE
     python -m performer_vit.benchmark attention --lengths=256,1024,4096 --peers --json=FILE

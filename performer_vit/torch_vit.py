@@ -34,8 +34,8 @@ INCLUDES = {
     'schedule, moving average; images are augmented and normalised already',
 }
 
-# What the twin was written for; of other fields of a model or optimiser it honours the second
-# group, and the third does nothing with these values, in our model neither.
+# What the twin was written for; what else it honours; and, by the first letters of their names, the
+# fields that do nothing beside these, in our model neither.
 _ONLY = {
     'model.stem': ('patch',),
     'model.position': ('learned',),
@@ -44,7 +44,10 @@ _ONLY = {
     'model.dtype': ('float32',),
     'model.attention.kernel': ('exact', 'relu'),
     'optimizer.name': ('adamw',),
-    'optimizer.schedule': ('cosine',),
+    'optimizer.schedule': ('cosine', 'linear'),
+    # Its targets are classes, not mixtures of them.
+    'augment.mixup': (0.0,),
+    'augment.cutmix': (0.0,),
 }
 _HONOURED = (
     'model.patch_size', 'model.width', 'model.depth', 'model.num_heads', 'model.mlp_dim',
@@ -53,8 +56,7 @@ _HONOURED = (
     'optimizer.warmup_epochs', 'optimizer.weight_decay', 'optimizer.clip_norm',
 )  # fmt: skip
 _UNUSED = (
-    'model.stem_channels', 'model.attention.hidden', 'model.attention.theta_init',
-    'model.attention.theta_sharing', 'optimizer.decay_epochs', 'optimizer.decay_factor',
+    'model.stem_', 'model.attention.hidden', 'model.attention.theta_', 'optimizer.decay_',
     'optimizer.momentum',
 )  # fmt: skip
 
@@ -86,7 +88,7 @@ def check(config) -> None:
                 f'{field} is {value!r}; the PyTorch twin has {names} alone. Set --config.{field} '
                 'to that, or leave out --peers.'
             )
-        is_known = field in (*_ONLY, *_HONOURED, *_UNUSED)
+        is_known = field in (*_ONLY, *_HONOURED) or field.startswith(_UNUSED)
         if field.startswith(('model.', 'optimizer.')) and not is_known:
             raise BadInput(
                 f'{field} is {value!r}, and the PyTorch twin has nothing of that name. Leave out '
@@ -249,12 +251,12 @@ def make_batch(images: np.ndarray, labels: np.ndarray) -> tuple[torch.Tensor, to
     return torch.from_numpy(images), torch.from_numpy(np.array(labels, np.int64))
 
 
-def rate_factor(step: int, warmup_steps: int, num_steps: int) -> float:
-    """The 'cosine' schedule of `optimizers.learning_rate`, as a factor of the highest rate."""
+def rate_factor(schedule: str, step: int, warmup_steps: int, num_steps: int) -> float:
+    """A schedule of `optimizers.learning_rate`, as a factor of the highest rate."""
     if step < warmup_steps:
         return step / warmup_steps
-    progress = (step - warmup_steps) / max(num_steps - warmup_steps, 1)
-    return 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
+    progress = min((step - warmup_steps) / max(num_steps - warmup_steps, 1), 1.0)
+    return 0.5 * (1 + math.cos(math.pi * progress)) if schedule == 'cosine' else 1 - progress
 
 
 def make_average(model: VisionTransformer) -> VisionTransformer:
@@ -284,8 +286,9 @@ def make_train_step(
     )
     warmup_steps = round(config.optimizer.warmup_epochs * steps_per_epoch)
     num_steps = config.num_epochs * steps_per_epoch
+    name = config.optimizer.schedule
     schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: rate_factor(step, warmup_steps, num_steps)
+        optimizer, lambda step: rate_factor(name, step, warmup_steps, num_steps)
     )
     parameters = list(model.parameters())
     averages = [] if average is None else list(average.parameters())

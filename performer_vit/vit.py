@@ -77,14 +77,17 @@ class ConvStem(nn.Module):
     """3×3 convolutions that shrink an image to the same grid as patches of `patch_size` would.
 
     Space-to-depth, a convolution with LayerNorm and ReLU for each of `channels`, a 2×2 maximum, and
-    a last convolution to the width. Space-to-depth and the maximum share the shrinking between
-    them: patch_size 4 is 2 and 2, patch_size 2 is 2 and none, patch_size 1 neither. The maximum is
-    written as a reshape, because XLA's gradient of a windowed pooling is slow on CPUs; the norm
-    needs no statistics over the batch, so training and inference compute the same function.
+    a last convolution to the width, on the grid of the tokens; there `blocks` residual ones may
+    follow, x + conv(ReLU(LayerNorm(x))) each. Space-to-depth and the maximum share the shrinking
+    between them: patch_size 4 is 2 and 2, patch_size 2 is 2 and none, patch_size 1 neither. The
+    maximum is written as a reshape, because XLA's gradient of a windowed pooling is slow on CPUs;
+    the norm needs no statistics over the batch, so training and inference compute the same
+    function.
     """
 
     patch_size: int
     channels: tuple[int, ...]
+    blocks: int
     width: int
     dtype: jnp.dtype
 
@@ -99,7 +102,11 @@ class ConvStem(nn.Module):
             batch, height, width, channels = x.shape
             x = x.reshape(batch, height // pool, pool, width // pool, pool, channels)
             x = x.max(axis=(2, 4))
-        return nn.Conv(self.width, (3, 3), dtype=self.dtype, name='embedding')(x)
+        x = nn.Conv(self.width, (3, 3), dtype=self.dtype, name='embedding')(x)
+        for i in range(self.blocks):
+            y = nn.relu(nn.LayerNorm(dtype=self.dtype, name=f'block_norm_{i}')(x))
+            x = x + nn.Conv(self.width, (3, 3), dtype=self.dtype, name=f'block_conv_{i}')(y)
+        return x
 
 
 class Mlp(nn.Module):
@@ -229,6 +236,7 @@ class VisionTransformer(nn.Module):
       stem: 'patch' or 'conv'; both give h/patch_size × w/patch_size tokens.
       patch_size: pixels along one side of a token.
       stem_channels: channels of the convolutions of the 'conv' stem.
+      stem_blocks: residual convolutions of the 'conv' stem on the grid of the tokens.
       width, depth, num_heads, mlp_dim: C, number of blocks, H, hidden units of a block's MLP.
       position: 'learned' or 'sine' (2-D) embedding, added to the tokens.
       pooling: 'gap' (mean over tokens), 'cls' (one more, learned token), 'map' (`MapPool`).
@@ -248,6 +256,7 @@ class VisionTransformer(nn.Module):
     stem: str = 'conv'
     patch_size: int = 4
     stem_channels: tuple[int, ...] = (32, 64)
+    stem_blocks: int = 0
     width: int = 128
     depth: int = 2
     num_heads: int = 4
@@ -266,7 +275,12 @@ class VisionTransformer(nn.Module):
             stem = PatchStem(self.patch_size, self.width, self.dtype, name='stem')
         else:
             stem = ConvStem(
-                self.patch_size, self.stem_channels, self.width, self.dtype, name='stem'
+                self.patch_size,
+                self.stem_channels,
+                self.stem_blocks,
+                self.width,
+                self.dtype,
+                name='stem',
             )
         grid = stem(images)
         self.sow('intermediates', 'grid', grid)
@@ -322,6 +336,11 @@ class VisionTransformer(nn.Module):
         for name in ('patch_size', 'width', 'depth', 'num_heads', 'mlp_dim', 'num_classes'):
             if getattr(self, name) < 1:
                 raise BadInput(f'model.{name} is {getattr(self, name)}; set it to 1 or more.')
+        if self.stem_blocks < 0 or (self.stem_blocks and self.stem != 'conv'):
+            raise BadInput(
+                f'model.stem_blocks is {self.stem_blocks} with stem {self.stem!r}; set it to 0 or '
+                "more with stem 'conv', and to 0 with any other."
+            )
         for name in ('dropout_rate', 'drop_path_rate'):
             if not 0.0 <= getattr(self, name) < 1.0:
                 raise BadInput(

@@ -36,6 +36,7 @@ def tiny_config():
     config.num_epochs = 2
     config.batch_size = 128
     config.log_every_steps = 3
+    config.dataset.validation_fraction = 0.2
     config.model.update(stem='patch', patch_size=8, width=16, depth=1, num_heads=2, mlp_dim=32)
     config.model.attention.num_features = 8
     return config

@@ -4,7 +4,8 @@ import pathlib
 
 import pytest
 
-from performer_vit import workdir
+from configs import base
+from performer_vit import train, workdir
 from tests.conftest import ROOT, load_config
 
 KERNELS = {
@@ -18,7 +19,7 @@ KERNELS = {
 
 
 @pytest.mark.parametrize('name', KERNELS)
-@pytest.mark.parametrize('arguments', ['', 'digits', 'cifar100', 'cifar10,study'])
+@pytest.mark.parametrize('arguments', ['', 'digits', 'cifar100', *base.SIZES])
 def test_configs_differ_in_the_kernel_alone(name, arguments):
     """A comparison changes one thing: catches a config with a recipe of its own."""
     config = workdir.flatten(load_config(name, arguments).to_dict())
@@ -40,7 +41,7 @@ def test_naming_a_data_set_forbids_another_one():
 
 @pytest.mark.parametrize('arguments', ['mnist', 'cifar10,cifar100', 'study,study', 'study;digits'])
 def test_an_unknown_argument_is_refused(arguments):
-    with pytest.raises(ValueError, match=r"at most one data set of \('cifar10'.*'study'"):
+    with pytest.raises(ValueError, match=r"at most one data set of \('cifar10'.*'large'"):
         load_config('vit', arguments)
 
 
@@ -48,3 +49,12 @@ def test_an_unknown_argument_is_refused(arguments):
 def test_docstrings_hold_the_command(path: pathlib.Path):
     assert f'python run.py --config=configs/{path.name}' in path.read_text()
     assert path.stem in KERNELS
+
+
+@pytest.mark.parametrize('size', base.SIZES)
+@pytest.mark.parametrize('name', KERNELS)
+def test_every_size_of_every_model_is_accepted(name, size):
+    """Catches a size whose fields do not fit together; no data are read and nothing is trained."""
+    config = load_config(name, f'cifar10,{size}')
+    train.check(config)
+    assert config != load_config(name, 'cifar10')

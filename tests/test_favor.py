@@ -1216,7 +1216,7 @@ W = np.ones((6, 4))
         ((Q, K, V), {'kernel': 'exact', 'projection': W}, "'exact' has none"),
         ((Q, K, V), {'kernel': 'ftheta'}, "theta is missing for kernel 'ftheta'"),
         ((Q, K, V), {'theta': {}}, "theta is given for kernel 'relu'"),
-        ((Q, K, V), {'kernel': 'ftheta', 'theta': {}}, 'theta has the shapes {} .* hidden_kernel'),
+        ((Q, K, V), {'kernel': 'ftheta', 'theta': {}}, 'theta has the shapes {} .*hidden_kernel'),
         (
             (Q, K, V),
             weights('ftheta') | {'kernel': 'ftheta_mixture'},

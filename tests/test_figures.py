@@ -190,9 +190,10 @@ def test_every_kernel_has_a_name_and_a_colour_of_its_own():
     okabe_ito = '000000 E69F00 56B4E9 009E73 F0E442 0072B2 D55E00 CC79A7'.split()
     colours = [colour.lstrip('#') for colour in figures.MODEL_COLOURS.values()]
     assert set(colours[:7]) <= set(okabe_ito)
-    assert len(set(colours)) == len(favor.KERNELS)
+    kernels = {*favor.KERNELS, 'mean', 'none'}  # The last two are no attention, to compare with.
+    assert len(set(colours)) == len(kernels)
     assert list(figures.MODEL_COLOURS) == list(figures.MODEL_NAMES)
-    assert set(figures.MODEL_NAMES) == set(favor.KERNELS)  # Every kernel can be trained.
+    assert set(figures.MODEL_NAMES) == kernels  # Every kernel can be trained.
     assert figures.model_name('exact') == 'ViT'
     assert figures.model_name('softmax') == 'Performer-EXP'
     with pytest.raises(BadInput, match="kernel is 'tanh'; allowed are 'exact', 'relu'"):

@@ -20,7 +20,9 @@ def section(**fields) -> ConfigDict:
 
 def test_cosine_closed_form():
     """Linear from 0 to the peak at the end of the warm-up, then half a cosine to exactly 0."""
-    schedule = optimizers.learning_rate(section(learning_rate=0.2, warmup_epochs=1.5), 10, 6)
+    schedule = optimizers.learning_rate(
+        section(schedule='cosine', learning_rate=0.2, warmup_epochs=1.5), 10, 6
+    )
     steps = np.arange(61)
     progress = np.clip((steps - 15) / 45, 0, 1)
     expected = np.where(steps < 15, 0.2 * steps / 15, 0.1 * (1 + np.cos(np.pi * progress)))
@@ -28,7 +30,9 @@ def test_cosine_closed_form():
 
 
 def test_cosine_without_warmup_starts_at_the_peak():
-    schedule = optimizers.learning_rate(section(learning_rate=0.2, warmup_epochs=0.0), 10, 6)
+    schedule = optimizers.learning_rate(
+        section(schedule='cosine', learning_rate=0.2, warmup_epochs=0.0), 10, 6
+    )
     np.testing.assert_allclose(schedule(0), 0.2, rtol=1e-6)
     np.testing.assert_allclose(schedule(30), 0.1, rtol=1e-6)
 

@@ -263,3 +263,29 @@ def test_an_unknown_kernel_of_a_config_is_refused_with_all_names():
         BadInput, match=r"model.attention.kernel is 'max'; .*'relu'.*'mean', 'none'"
     ):
         vit.from_config(config_of(kernel='max'), 10, seed=0)
+
+
+def test_residual_convolutions_of_the_stem_by_hand():
+    """x + conv(ReLU(LayerNorm(x))), each on the last. Catches a block that forgets its input."""
+    stem = vit.ConvStem(8, (4,), 2, 16, jnp.float32)
+    variables = randomised(stem.init(jax.random.key(0), IMAGES))
+    plain = {
+        name: value for name, value in variables['params'].items() if not name.startswith('block')
+    }
+    x = vit.ConvStem(8, (4,), 0, 16, jnp.float32).apply({'params': plain}, IMAGES)
+    for i in range(2):
+        norm, conv = (variables['params'][f'block_{part}_{i}'] for part in ('norm', 'conv'))
+        centred = x - x.mean(-1, keepdims=True)
+        y = centred / jnp.sqrt((centred**2).mean(-1, keepdims=True) + 1e-6)
+        y = jnp.maximum(y * norm['scale'] + norm['bias'], 0)
+        y = jax.lax.conv_general_dilated(
+            y, conv['kernel'], (1, 1), 'SAME', dimension_numbers=('NHWC', 'HWIO', 'NHWC')
+        )
+        x = x + y + conv['bias']
+    np.testing.assert_allclose(stem.apply(variables, IMAGES), x, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize('fields', [{'stem': 'conv', 'stem_blocks': -1}, {'stem_blocks': 1}])
+def test_residual_convolutions_belong_to_the_conv_stem(fields):
+    with pytest.raises(BadInput, match=r'model.stem_blocks is .*; set it to 0 or more with stem'):
+        small(**fields).init(jax.random.key(0), IMAGES)
