@@ -9,7 +9,7 @@ import time
 
 import jax
 
-from performer_vit import attention_contenders
+from performer_vit import attention_contenders, huge_pages
 from performer_vit.errors import BadInput
 
 _STATUS = pathlib.Path('/proc/self/status')
@@ -18,8 +18,9 @@ _CLEAR_REFS = pathlib.Path('/proc/self/clear_refs')
 # JAX frees what a call held from a thread of its own, some milliseconds after the call.
 _SETTLING_SECONDS = 1
 
-# Blocks from this size on get pages of their own from the C library, and give them back.
-_ENVIRONMENT = {'MALLOC_MMAP_THRESHOLD_': '65536'}
+# Blocks from this size on get pages of their own from the C library, and give them back; huge pages
+# would round each up to 2 MiB.
+_ENVIRONMENT = {'MALLOC_MMAP_THRESHOLD_': '65536', huge_pages.VARIABLE: ''}
 
 
 def check() -> None:

@@ -36,6 +36,7 @@ from performer_vit import (
     environment,
     figures,
     flops,
+    huge_pages,
     input_pipeline,
     model_speed,
     predict,
@@ -390,4 +391,5 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == '__main__':
+    huge_pages.restart()
     app.run(main, flags_parser=parse)
