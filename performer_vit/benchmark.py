@@ -118,17 +118,21 @@ def train_step(config, rounds: int, peers: bool = False) -> dict:
     step = train.compile_step(training, state, fixed)
     compile_seconds = time.perf_counter() - started
 
-    # As many steps a turn as lie between two reports, so that the loop pays for one of each.
+    # As many steps a turn as lie between two reports, so that the loop pays for one of each, after
+    # one that does not count: what the contender before it left in the caches and the allocator is
+    # not this one's fault.
     count = config.log_every_steps
     current = {'state': step(state, fixed)[0], 'step': 1}
-    total = 1 + 2 * count * rounds
+    total = 1 + 2 * (1 + count) * rounds
     stream = batches(first_step=1, num_steps=total)
 
     def turn(source, observe) -> float:
-        steps = range(current['step'], current['step'] + count)
-        jax.block_until_ready(current['state'])
+        first = current['step'] + 1
+        steps = range(first, first + count)
+        state, _ = step(current['state'], next(source))
+        jax.block_until_ready(state)
         started = time.perf_counter()
-        state, _ = train.run_steps(step, current['state'], source, steps, count, observe)
+        state, _ = train.run_steps(step, state, source, steps, count, observe)
         jax.block_until_ready(state)
         current.update(state=state, step=steps.stop)
         return count * config.batch_size / (time.perf_counter() - started)
@@ -196,6 +200,7 @@ def _torch_turn(twin, config, dataset, training, batch: dict) -> Callable[[], fl
     count = config.log_every_steps
 
     def turn() -> float:
+        step(*batch).item()  # As with ours, the first does not count.
         started = time.perf_counter()
         for _ in range(count):
             loss = step(*batch)
