@@ -333,7 +333,10 @@ def describe(config, dataset: datasets.Dataset, model, num_params: int) -> dict:
     """
     attention = config.model.attention
     featureless = ('exact', 'mean', 'none')
-    projected = attention.kernel not in (*featureless, 'ftheta', 'ftheta_mixture')
+    # fθ has a projection where its first weights are made of one.
+    learnt = attention.kernel in ('ftheta', 'ftheta_mixture')
+    random = learnt and attention.theta_init == 'lecun'
+    projected = not random and attention.kernel not in featureless
     return {
         'config': config.to_dict(),
         'dataset': dataset.name,

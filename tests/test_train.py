@@ -207,6 +207,7 @@ def finished(tmp_path_factory):
     """A run that was trained to its end once, for the tests that look at what it left."""
     config = load_config('performer_relu', 'digits')
     config.num_epochs, config.batch_size, config.log_every_steps = 3, 128, 3
+    config.dataset.validation_fraction = 0.2
     config.model.update(stem='patch', patch_size=8, width=16, depth=1, num_heads=2, mlp_dim=32)
     config.model.attention.update(num_features=8, redraw_every=5)
     directory = tmp_path_factory.mktemp('finished') / 'run'
