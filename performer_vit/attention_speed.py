@@ -179,7 +179,7 @@ def table(figures: Mapping) -> str:
     kind = 'Causal' if settings['is_causal'] else 'Bidirectional'
     torch = f'; PyTorch on {figures["torch_device"]}' if figures['torch_device'] else ''
     peaks = ', '.join(
-        f'{_range(peak, "{:,.0f}")} at N = {peak["length"]:,}'
+        f'{timing.spread_text(peak, "{:,.0f}")} at N = {peak["length"]:,}'
         for peak in figures['peak_gflop_per_second']
     )
     lines = [
@@ -361,7 +361,7 @@ def _time_cells(rows: Sequence[Mapping], which: str) -> list[list[str]]:
             continue
         line = [
             *start,
-            _range(row['seconds'], '{:,.1f}', 1e3),
+            timing.spread_text(row['seconds'], '{:,.1f}', 1e3),
             f'{1e6 * row["seconds_per_token"]["median"]:,.2f}',
             f'{row["gflop_per_second"]["median"]:,.1f}',
             f'{row["fraction_of_peak"]["median"]:.0%}',
@@ -371,7 +371,7 @@ def _time_cells(rows: Sequence[Mapping], which: str) -> list[list[str]]:
             line.append(f'{twice["median"]:.0%}' if twice else '')
         for name in kernels:
             ratio = ratios[row['length'], name].get(row['contender'])
-            line.append(_range(ratio, '{:.2f}') if ratio else '')
+            line.append(timing.spread_text(ratio, '{:.2f}') if ratio else '')
         cells.append(line)
     return cells
 
@@ -394,17 +394,21 @@ def _memory_cells(rows: Sequence[Mapping], lengths: Sequence[int]) -> list[list[
     return cells
 
 
-def _say(found: Mapping) -> str:
-    """One crossover in words."""
+def crossover_text(found: Mapping, unknown: str) -> str:
+    """Where `crossover` found one contender the faster, in words; `unknown` where nothing ran."""
     lengths = ', '.join(f'{length:,}' for length in found['lengths'])
     if found['verdict'] == 'from':
-        where = f'from N ≈ {found["length"]:,.0f} on (interpolated; measured at {lengths})'
-    else:
-        where = {
-            'always': f'at every N measured ({lengths})',
-            'never': f'not at the longest N measured ({lengths})',
-            'unknown': 'no exact attention ran',
-        }[found['verdict']]
+        return f'from N ≈ {found["length"]:,.0f} on (interpolated; measured at {lengths})'
+    return {
+        'always': f'at every N measured ({lengths})',
+        'never': f'not at the longest N measured ({lengths})',
+        'unknown': unknown,
+    }[found['verdict']]
+
+
+def _say(found: Mapping) -> str:
+    """One crossover in words."""
+    where = crossover_text(found, unknown='no exact attention ran')
     name = PASS_NAMES[found['pass']]
     return f'{found["contender"]}, R = {found["num_features"]}, {name}: {where}'
 
@@ -412,11 +416,6 @@ def _say(found: Mapping) -> str:
 def _label(case: _Case) -> str:
     features = '' if case.num_features is None else f', R = {case.num_features}'
     return f'{case.contender}{features}'
-
-
-def _range(value: Mapping[str, float], pattern: str, factor: float = 1) -> str:
-    median, low, high = (pattern.format(factor * value[end]) for end in ('median', 'low', 'high'))
-    return f'{median} ({low} to {high})'
 
 
 def _align(cells: Sequence[Sequence[str]]) -> list[str]:

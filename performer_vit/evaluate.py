@@ -332,7 +332,7 @@ def describe(config, dataset: datasets.Dataset, model, num_params: int) -> dict:
         num_params: trained parameters of the model.
     """
     attention = config.model.attention
-    featureless = ('exact', 'mean', 'none')
+    featureless = ('exact', *vit.NO_ATTENTION)
     # fθ has a projection where its first weights are made of one.
     learnt = attention.kernel in ('ftheta', 'ftheta_mixture')
     random = learnt and attention.theta_init == 'lecun'

@@ -191,7 +191,7 @@ def table(figures: Mapping) -> str:
     settings = figures['settings']
     model = settings['config']['model']
     peaks = ', '.join(
-        f'{_range(peak, "{:,.0f}")} at N = {peak["length"]:,}'
+        f'{timing.spread_text(peak, "{:,.0f}")} at N = {peak["length"]:,}'
         for peak in figures['peak_gflop_per_second']
     )
     lines = [
@@ -227,7 +227,7 @@ def _line(row: Mapping) -> str:
         cells.append(f'not run: {row["not_run"]}')
     else:
         cells += [
-            _range(row['seconds_per_image'], '{:,.2f}', 1e3),
+            timing.spread_text(row['seconds_per_image'], '{:,.2f}', 1e3),
             f'{row["images_per_second"]["median"]:,.1f}',
             f'{row["gflop_per_image"]:,.3f}',
             f'{row["fraction_of_peak"]["median"]:.0%}',
@@ -235,7 +235,7 @@ def _line(row: Mapping) -> str:
         for name in VITS if 'time_ratios' in row else ():
             ratio = row['time_ratios'].get(name)
             cells += [
-                _range(ratio, '{:.2f}') if ratio else 'not run',
+                timing.spread_text(ratio, '{:.2f}') if ratio else 'not run',
                 f'{row["flop_ratios"][name]:.2f}',
             ]
     specs = _COLUMNS.values()
@@ -244,21 +244,8 @@ def _line(row: Mapping) -> str:
 
 def _say(found: Mapping) -> str:
     """One crossover in words."""
-    lengths = ', '.join(f'{length:,}' for length in found['lengths'])
-    if found['verdict'] == 'from':
-        where = f'from N ≈ {found["length"]:,.0f} on (interpolated; measured at {lengths})'
-    else:
-        where = {
-            'always': f'at every N measured ({lengths})',
-            'never': f'not at the longest N measured ({lengths})',
-            'unknown': 'exact did not run',
-        }[found['verdict']]
+    where = attention_speed.crossover_text(found, unknown='exact did not run')
     return f'{found["contender"]}, {PASS_NAMES[found["pass"]]}: {where}'
-
-
-def _range(value: Mapping[str, float], pattern: str, factor: float = 1) -> str:
-    median, low, high = (pattern.format(factor * value[end]) for end in ('median', 'low', 'high'))
-    return f'{median} ({low} to {high})'
 
 
 def _check_lengths(lengths: Sequence[int]) -> list[int]:

@@ -40,6 +40,12 @@ def spread(values: list[float]) -> dict[str, float]:
     return {'median': statistics.median(values), 'low': min(values), 'high': max(values)}
 
 
+def spread_text(value: Mapping[str, float], pattern: str, factor: float = 1) -> str:
+    """What `spread` returns, times `factor`, as 'median (low to high)', each by `pattern`."""
+    median, low, high = (pattern.format(factor * value[end]) for end in ('median', 'low', 'high'))
+    return f'{median} ({low} to {high})'
+
+
 def repeated(call: Callable[[], object]) -> Callable[[], float]:
     """A contender that returns the seconds of a call, as the mean over a turn of some calls.
 

@@ -340,10 +340,11 @@ def train(config, workdir: str | os.PathLike | None = None, run_name: str = 'run
     say('Compiling the training step and the forward pass …')
     started = time.perf_counter()
     state = jax_utils.replicate(state, axis_name='batch')
-    train_step = compile_step(training, state, next(batches(first_step=0, num_steps=1)))
+    first_batch = next(batches(first_step=0, num_steps=1))
+    train_step = compile_step(training, state, first_batch)
     predict = prediction.compile_forward(training.model, dataset, state, config.batch_size)
     compile_seconds = time.perf_counter() - started
-    step_flops = flops.count(training.step_fn, state, next(batches(first_step=0, num_steps=1)))
+    step_flops = flops.count(training.step_fn, state, first_batch)
 
     batches = batches(first_step=first_step, num_steps=last_step - first_step)
     title = figures.model_name(config.model.attention.kernel)

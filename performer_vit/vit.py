@@ -374,7 +374,7 @@ class VisionTransformer(nn.Module):
 
 
 # What a config may name in the place of a kernel, to measure what attention adds.
-_NO_ATTENTION = {'mean': MeanAttention, 'none': None}
+NO_ATTENTION = {'mean': MeanAttention, 'none': None}
 
 
 def from_config(model, num_classes: int, seed: int) -> VisionTransformer:
@@ -395,9 +395,9 @@ def from_config(model, num_classes: int, seed: int) -> VisionTransformer:
     attention.pop('redraw_every')  # When to redraw is the training loop's to decide.
     fields['stem_channels'] = tuple(fields['stem_channels'])
     kernel = attention['kernel']
-    choose('model.attention.kernel', kernel, (*KERNELS, *_NO_ATTENTION))
-    if kernel in _NO_ATTENTION:
-        build = _NO_ATTENTION[kernel]
+    choose('model.attention.kernel', kernel, (*KERNELS, *NO_ATTENTION))
+    if kernel in NO_ATTENTION:
+        build = NO_ATTENTION[kernel]
     else:
         build = functools.partial(FavorAttention, seed=seed, dtype=dtype, **attention)
     return VisionTransformer(

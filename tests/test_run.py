@@ -17,6 +17,7 @@ from tests.conftest import ROOT, load_config
 SMALL = (
     '--config=configs/performer_relu.py:digits',
     '--config.num_epochs=4',
+    '--config.dataset.validation_fraction=0.2',
     '--config.log_every_steps=2',
     '--config.model.stem=patch',
     '--config.model.patch_size=8',
