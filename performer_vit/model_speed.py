@@ -263,7 +263,7 @@ def _config_of(config, length: int, contender: str):
     """The config of a contender at N tokens."""
     config = config.copy_and_resolve_references()
     _, patch_size = image_and_patch_size(length)
-    config.model.update(stem='patch', stem_blocks=0, patch_size=patch_size)
+    config.model.update(stem='patch', patch_size=patch_size)
     config.model.attention.kernel = 'exact' if contender in VITS else contender
     # Of as many devices as `train.check` divides a batch by.
     config.batch_size = batch_size(length) * jax.device_count()

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
+from performer_vit.dropout import Dropout
 from performer_vit.errors import BadInput, choose
 from performer_vit.favor import KERNELS, FavorAttention
 
@@ -76,13 +77,12 @@ class PatchStem(nn.Module):
 class ConvStem(nn.Module):
     """3×3 convolutions that shrink an image to the same grid as patches of `patch_size` would.
 
-    Space-to-depth, a convolution with LayerNorm and ReLU for each of `channels`, a 2×2 maximum, and
-    a last convolution to the width, on the grid of the tokens; there `blocks` residual ones may
-    follow, x + conv(ReLU(LayerNorm(x))) each. Space-to-depth and the maximum share the shrinking
-    between them: patch_size 4 is 2 and 2, patch_size 2 is 2 and none, patch_size 1 neither. The
-    maximum is written as a reshape, because XLA's gradient of a windowed pooling is slow on CPUs;
-    the norm needs no statistics over the batch, so training and inference compute the same
-    function.
+    Space-to-depth, a convolution with LayerNorm and ReLU for each of `channels`, a convolution to
+    the width, a 2×2 maximum; on the grid of the tokens `blocks` residual convolutions may follow,
+    x + conv(ReLU(LayerNorm(x))) each. Space-to-depth and the maximum share the shrinking between
+    them: patch_size 4 is 2 and 2, patch_size 2 is 2 and none, patch_size 1 neither. The maximum is
+    written as a reshape, because XLA's gradient of a windowed pooling is slow on CPUs; the norm
+    needs no statistics over the batch, so training and inference compute the same function.
     """
 
     patch_size: int
@@ -98,11 +98,11 @@ class ConvStem(nn.Module):
         for i, channels in enumerate(self.channels):
             x = nn.Conv(channels, (3, 3), use_bias=False, dtype=self.dtype, name=f'conv_{i}')(x)
             x = nn.relu(nn.LayerNorm(dtype=self.dtype, name=f'norm_{i}')(x))
+        x = nn.Conv(self.width, (3, 3), dtype=self.dtype, name='embedding')(x)
         if pool > 1:
             batch, height, width, channels = x.shape
             x = x.reshape(batch, height // pool, pool, width // pool, pool, channels)
             x = x.max(axis=(2, 4))
-        x = nn.Conv(self.width, (3, 3), dtype=self.dtype, name='embedding')(x)
         for i in range(self.blocks):
             y = nn.relu(nn.LayerNorm(dtype=self.dtype, name=f'block_norm_{i}')(x))
             x = x + nn.Conv(self.width, (3, 3), dtype=self.dtype, name=f'block_conv_{i}')(y)
@@ -120,9 +120,9 @@ class Mlp(nn.Module):
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
         width = x.shape[-1]
         x = nn.gelu(nn.Dense(self.mlp_dim, dtype=self.dtype, name='hidden')(x))
-        x = nn.Dropout(self.dropout_rate, deterministic=not train)(x)
+        x = Dropout(self.dropout_rate)(x, train=train)
         x = nn.Dense(width, dtype=self.dtype, name='out')(x)
-        return nn.Dropout(self.dropout_rate, deterministic=not train)(x)
+        return Dropout(self.dropout_rate)(x, train=train)
 
 
 class SelfAttention(nn.Module):
@@ -195,7 +195,7 @@ class EncoderBlock(nn.Module):
         if self.attention is not None:
             y = nn.LayerNorm(dtype=self.dtype, name='attention_norm')(x)
             y = SelfAttention(self.num_heads, self.attention, self.dtype, name='self_attention')(y)
-            y = nn.Dropout(self.dropout_rate, deterministic=not train)(y)
+            y = Dropout(self.dropout_rate)(y, train=train)
             x = x + DropPath(self.drop_path_rate)(y, train=train)
         y = nn.LayerNorm(dtype=self.dtype, name='mlp_norm')(x)
         y = Mlp(self.mlp_dim, self.dropout_rate, self.dtype, name='mlp')(y, train=train)
@@ -300,7 +300,7 @@ class VisionTransformer(nn.Module):
             token = self.param('class_embedding', nn.initializers.normal(0.02), (self.width,))
             token = jnp.broadcast_to(token.astype(x.dtype), (batch, 1, self.width))
             x = jnp.concatenate([token, x], axis=1)
-        x = nn.Dropout(self.dropout_rate, deterministic=not train)(x)
+        x = Dropout(self.dropout_rate)(x, train=train)
 
         for i in range(self.depth):
             x = EncoderBlock(
@@ -336,11 +336,8 @@ class VisionTransformer(nn.Module):
         for name in ('patch_size', 'width', 'depth', 'num_heads', 'mlp_dim', 'num_classes'):
             if getattr(self, name) < 1:
                 raise BadInput(f'model.{name} is {getattr(self, name)}; set it to 1 or more.')
-        if self.stem_blocks < 0 or (self.stem_blocks and self.stem != 'conv'):
-            raise BadInput(
-                f'model.stem_blocks is {self.stem_blocks} with stem {self.stem!r}; set it to 0 or '
-                "more with stem 'conv', and to 0 with any other."
-            )
+        if self.stem_blocks < 0:
+            raise BadInput(f'model.stem_blocks is {self.stem_blocks}; set it to 0 or more.')
         for name in ('dropout_rate', 'drop_path_rate'):
             if not 0.0 <= getattr(self, name) < 1.0:
                 raise BadInput(

@@ -265,27 +265,41 @@ def test_an_unknown_kernel_of_a_config_is_refused_with_all_names():
         vit.from_config(config_of(kernel='max'), 10, seed=0)
 
 
-def test_residual_convolutions_of_the_stem_by_hand():
-    """x + conv(ReLU(LayerNorm(x))), each on the last. Catches a block that forgets its input."""
-    stem = vit.ConvStem(8, (4,), 2, 16, jnp.float32)
-    variables = randomised(stem.init(jax.random.key(0), IMAGES))
-    plain = {
-        name: value for name, value in variables['params'].items() if not name.startswith('block')
-    }
-    x = vit.ConvStem(8, (4,), 0, 16, jnp.float32).apply({'params': plain}, IMAGES)
-    for i in range(2):
-        norm, conv = (variables['params'][f'block_{part}_{i}'] for part in ('norm', 'conv'))
-        centred = x - x.mean(-1, keepdims=True)
-        y = centred / jnp.sqrt((centred**2).mean(-1, keepdims=True) + 1e-6)
-        y = jnp.maximum(y * norm['scale'] + norm['bias'], 0)
-        y = jax.lax.conv_general_dilated(
-            y, conv['kernel'], (1, 1), 'SAME', dimension_numbers=('NHWC', 'HWIO', 'NHWC')
+def test_conv_stem_by_hand():
+    """NumPy and one plain convolution, in the order of the docstring.
+
+    Catches a maximum or a norm in another place, pixels that space-to-depth mixes up, and a
+    residual block that forgets its input.
+    """
+    stem = vit.ConvStem(4, (6, 4), 2, 16, jnp.float32)
+    params = randomised(stem.init(jax.random.key(0), IMAGES))['params']
+
+    def conv(x, name):
+        window = np.lib.stride_tricks.sliding_window_view(
+            np.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0))), (3, 3), axis=(1, 2)
         )
-        x = x + y + conv['bias']
-    np.testing.assert_allclose(stem.apply(variables, IMAGES), x, rtol=1e-3, atol=1e-3)
+        weights = params[name]
+        y = np.einsum('bhwcij,ijcd->bhwd', window, np.asarray(weights['kernel'], np.float64))
+        return y + np.asarray(weights.get('bias', 0.0))
+
+    def relu_of_norm(x, name):
+        centred = x - x.mean(-1, keepdims=True)
+        y = centred / np.sqrt((centred**2).mean(-1, keepdims=True) + 1e-6)
+        scale, bias = (np.asarray(params[name][part]) for part in ('scale', 'bias'))
+        return np.maximum(y * scale + bias, 0)
+
+    images = np.asarray(IMAGES, np.float64)
+    corners = [images[:, i::2, j::2] for i in (0, 1) for j in (0, 1)]
+    x = np.concatenate(corners, axis=-1)
+    for i in range(2):
+        x = relu_of_norm(conv(x, f'conv_{i}'), f'norm_{i}')
+    x = conv(x, 'embedding')
+    x = np.max([x[:, i::2, j::2] for i in (0, 1) for j in (0, 1)], axis=0)
+    for i in range(2):
+        x = x + conv(relu_of_norm(x, f'block_norm_{i}'), f'block_conv_{i}')
+    np.testing.assert_allclose(stem.apply({'params': params}, IMAGES), x, rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize('fields', [{'stem': 'conv', 'stem_blocks': -1}, {'stem_blocks': 1}])
-def test_residual_convolutions_belong_to_the_conv_stem(fields):
-    with pytest.raises(BadInput, match=r'model.stem_blocks is .*; set it to 0 or more with stem'):
-        small(**fields).init(jax.random.key(0), IMAGES)
+def test_a_negative_number_of_residual_convolutions_is_refused():
+    with pytest.raises(BadInput, match='model.stem_blocks is -1; set it to 0 or more'):
+        small(stem='conv', stem_blocks=-1).init(jax.random.key(0), IMAGES)
