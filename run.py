@@ -5,7 +5,7 @@ import os
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from performer_vit import huge_pages
+from performer_vit import cpu_backend
 from performer_vit.command_line import fail, parse
 from performer_vit.errors import BadInput
 
@@ -54,5 +54,5 @@ def _main(argv: list[str]) -> None:
 
 
 if __name__ == '__main__':
-    huge_pages.restart()
+    cpu_backend.restart()
     app.run(_main, flags_parser=parse)

@@ -9,7 +9,7 @@ import time
 
 import jax
 
-from performer_vit import attention_contenders, huge_pages
+from performer_vit import attention_contenders, cpu_backend
 from performer_vit.errors import BadInput
 
 _STATUS = pathlib.Path('/proc/self/status')
@@ -20,7 +20,7 @@ _SETTLING_SECONDS = 1
 
 # Blocks from this size on get pages of their own from the C library, and give them back; huge pages
 # would round each up to 2 MiB.
-_ENVIRONMENT = {'MALLOC_MMAP_THRESHOLD_': '65536', huge_pages.VARIABLE: ''}
+_ENVIRONMENT = {'MALLOC_MMAP_THRESHOLD_': '65536', cpu_backend.HUGE_PAGES: ''}
 
 
 def check() -> None:

@@ -32,11 +32,11 @@ from performer_vit import (
     attention_contenders,
     attention_speed,
     augment,
+    cpu_backend,
     datasets,
     environment,
     figures,
     flops,
-    huge_pages,
     input_pipeline,
     model_speed,
     predict,
@@ -396,5 +396,5 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == '__main__':
-    huge_pages.restart()
+    cpu_backend.restart()
     app.run(main, flags_parser=parse)

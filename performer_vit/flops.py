@@ -5,26 +5,35 @@ from collections.abc import Callable
 
 import jax
 
-from performer_vit import exact_attention, linear_attention
+from performer_vit import convolution, exact_attention, linear_attention
 
 
 def count(function: Callable, *arguments) -> float:
-    """FLOPs of a function under `pmap`, over all devices: XLA's count before it optimises.
+    """FLOPs of a function under `pmap` on the batch of all devices: XLA's count, not optimised.
 
-    XLA counts the body of a loop once however often it runs, and attention loops over blocks; so it
-    is counted in one block, which also leaves out what the backward pass computes twice.
+    It is counted as one device would do it, so that what devices repeat, such as the step of the
+    optimiser, counts once. XLA counts the body of a loop once however often it runs, and attention
+    and convolutions loop over blocks; so they are counted in one block, which also leaves out what
+    the backward pass computes twice.
 
     Args:
       function: what `jax.pmap(function, axis_name='batch')` takes.
-      arguments: arrays or trees of arrays, whose first axis is that of the devices.
+      arguments: trees of arrays whose first axis is that of the devices. The last argument is the
+        batch, which is spread over them; of the others, every device has a copy.
     """
-    sizes = exact_attention.BLOCK_SIZE, linear_attention.BLOCK_FEATURES
-    exact_attention.BLOCK_SIZE = sys.maxsize
+    *copies, batch = arguments
+    copies = jax.tree.map(lambda x: jax.ShapeDtypeStruct((1, *x.shape[1:]), x.dtype), copies)
+    batch = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct((1, x.shape[0] * x.shape[1], *x.shape[2:]), x.dtype), batch
+    )
+    blocks = exact_attention.BLOCK_SIZE, linear_attention.BLOCK_FEATURES, convolution.BLOCK_PLACES
+    exact_attention.BLOCK_SIZE = convolution.BLOCK_PLACES = sys.maxsize
     linear_attention.BLOCK_FEATURES = {jax.default_backend(): sys.maxsize}
     try:
         # A function of its own, or JAX would find the trace of the one with blocks.
-        lowered = jax.pmap(lambda *args: function(*args), axis_name='batch').lower(*arguments)
+        mapped = jax.pmap(lambda *args: function(*args), axis_name='batch')
+        lowered = mapped.lower(*copies, batch)
     finally:
-        exact_attention.BLOCK_SIZE, linear_attention.BLOCK_FEATURES = sizes
-    num_devices = jax.tree.leaves(arguments)[0].shape[0]
-    return lowered.cost_analysis()['flops'] * num_devices
+        exact_attention.BLOCK_SIZE, linear_attention.BLOCK_FEATURES = blocks[:2]
+        convolution.BLOCK_PLACES = blocks[2]
+    return lowered.cost_analysis()['flops']

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
+from performer_vit.convolution import Conv3x3
 from performer_vit.dropout import Dropout
 from performer_vit.errors import BadInput, choose
 from performer_vit.favor import KERNELS, FavorAttention
@@ -81,8 +82,9 @@ class ConvStem(nn.Module):
     the width, a 2×2 maximum; on the grid of the tokens `blocks` residual convolutions may follow,
     x + conv(ReLU(LayerNorm(x))) each. Space-to-depth and the maximum share the shrinking between
     them: patch_size 4 is 2 and 2, patch_size 2 is 2 and none, patch_size 1 neither. The maximum is
-    written as a reshape, because XLA's gradient of a windowed pooling is slow on CPUs; the norm
-    needs no statistics over the batch, so training and inference compute the same function.
+    taken of slices, because on CPUs the gradient of a windowed pooling is slow, and that of a
+    reduction four times as slow as this; the norm needs no statistics over the batch, so training
+    and inference compute the same function.
     """
 
     patch_size: int
@@ -96,16 +98,16 @@ class ConvStem(nn.Module):
         pool = 2 if self.patch_size > 2 else 1
         x = space_to_depth(images, self.patch_size // pool)
         for i, channels in enumerate(self.channels):
-            x = nn.Conv(channels, (3, 3), use_bias=False, dtype=self.dtype, name=f'conv_{i}')(x)
+            x = Conv3x3(channels, use_bias=False, dtype=self.dtype, name=f'conv_{i}')(x)
             x = nn.relu(nn.LayerNorm(dtype=self.dtype, name=f'norm_{i}')(x))
-        x = nn.Conv(self.width, (3, 3), dtype=self.dtype, name='embedding')(x)
+        x = Conv3x3(self.width, dtype=self.dtype, name='embedding')(x)
         if pool > 1:
             batch, height, width, channels = x.shape
-            x = x.reshape(batch, height // pool, pool, width // pool, pool, channels)
-            x = x.max(axis=(2, 4))
+            x = x.reshape(batch, height // 2, 2, width // 2, 2, channels)
+            x = functools.reduce(jnp.maximum, (x[:, :, i, :, j] for i in (0, 1) for j in (0, 1)))
         for i in range(self.blocks):
             y = nn.relu(nn.LayerNorm(dtype=self.dtype, name=f'block_norm_{i}')(x))
-            x = x + nn.Conv(self.width, (3, 3), dtype=self.dtype, name=f'block_conv_{i}')(y)
+            x = x + Conv3x3(self.width, dtype=self.dtype, name=f'block_conv_{i}')(y)
         return x
 
 

@@ -1,0 +1,106 @@
+"""The convolution of the stem against Flax's own, and its gradients against XLA's and numbers."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+
+from performer_vit import convolution, flops
+from performer_vit.convolution import Conv3x3, convolve
+
+KEY = jax.random.key(0)
+
+
+def arrays(batch: int = 6, height: int = 8, width: int = 4, channels: int = 5, out: int = 128):
+    keys = jax.random.split(KEY, 3)
+    return (
+        jax.random.normal(keys[0], (batch, height, width, channels)),
+        jax.random.normal(keys[1], (3, 3, channels, out)),
+        jax.random.normal(keys[2], (batch, height, width, out)),
+    )
+
+
+@pytest.mark.parametrize('use_bias', [True, False])
+def test_is_flax_conv(use_bias):
+    """The same parameters, first values, output and gradients. Catches a turned window."""
+    images, _, gradient = arrays(out=7)
+    ours, theirs = Conv3x3(7, use_bias=use_bias), nn.Conv(7, (3, 3), use_bias=use_bias)
+    variables = ours.init(KEY, images)
+    jax.tree.map(np.testing.assert_array_equal, variables, theirs.init(KEY, images))
+    np.testing.assert_array_equal(ours.apply(variables, images), theirs.apply(variables, images))
+    found, expected = (
+        jax.vjp(module.apply, variables, images)[1](gradient) for module in (ours, theirs)
+    )
+    jax.tree.map(
+        functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-4), found, expected
+    )
+
+
+# A prime batch has no blocks but single images, and an image may be larger than a block.
+@pytest.mark.parametrize('batch, places', [(6, 64), (6, 96), (7, 200), (4, 16), (6, 10**9)])
+def test_gradient_by_blocks_is_that_of_plain_sums(monkeypatch, batch, places):
+    """Σ over images and places of shifted pixel × gradient. Catches lost or repeated images."""
+    monkeypatch.setattr(convolution, 'BLOCK_PLACES', places)
+    images, _, gradient = arrays(batch)
+    padded = np.pad(np.asarray(images, np.float64), ((0, 0), (1, 1), (1, 1), (0, 0)))
+    expected = np.stack([
+        np.stack([
+            np.einsum('bhwc,bhwd->cd', padded[:, i : i + 8, j : j + 4], np.asarray(gradient))
+            for j in range(3)
+        ])
+        for i in range(3)
+    ])  # fmt: skip
+    found = convolution._by_blocks(images, gradient)
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(
+        convolution._by_convolution(images, gradient), expected, rtol=1e-4, atol=1e-4
+    )
+
+
+@pytest.mark.parametrize('out', [8, 128])
+def test_second_derivatives(out):
+    """Of both ways to the gradient of the weights, against plain JAX."""
+    images, weights, _ = arrays(2, 4, 4, 3, out)
+
+    def plain(images, weights):
+        return jax.lax.conv_general_dilated(
+            images, weights, (1, 1), 'SAME', dimension_numbers=('NHWC', 'HWIO', 'NHWC')
+        )
+
+    def twice(conv):
+        def norm(images, weights):
+            slopes = jax.grad(lambda *args: jnp.sin(conv(*args)).sum(), argnums=(0, 1))
+            return sum(jnp.sum(slope**2) for slope in slopes(images, weights))
+
+        return jax.grad(norm, argnums=(0, 1))(images, weights)
+
+    for found, expected in zip(twice(convolve), twice(plain), strict=True):
+        scale = float(jnp.abs(expected).max())
+        np.testing.assert_allclose(found, expected, atol=1e-4 * scale)
+
+
+def test_bfloat16_is_summed_in_float32():
+    """Catches a sum over blocks that loses bits: 6 blocks of bfloat16 would be off by a percent."""
+    images, _, gradient = (x.astype(jnp.bfloat16) for x in arrays())
+    found = convolution._by_blocks(images, gradient)
+    assert found.dtype == jnp.bfloat16
+    expected = convolution._by_blocks(*(x.astype(jnp.float32) for x in (images, gradient)))
+    error = np.abs(np.asarray(found, np.float32) - expected)
+    assert error.max() <= 2.0**-8 * float(jnp.abs(expected).max())
+
+
+def test_blocks_do_not_change_the_count_of_operations(monkeypatch):
+    """Catches a loop over blocks whose body is counted once, however often it runs."""
+    images, weights, _ = arrays()
+
+    def loss(weights, images):
+        return jnp.sum(convolve(images, weights) ** 2)
+
+    # Forward, and the gradient of the weights: two multiply-adds of 6·8·4·9·5·128.
+    found = flops.count(jax.grad(loss), weights[None], images[None])
+    assert found == pytest.approx(2 * 2 * 6 * 8 * 4 * 9 * 5 * 128, rel=0.2)
+    monkeypatch.setattr(convolution, 'BLOCK_PLACES', 32)
+    assert flops.count(jax.grad(loss), weights[None], images[None]) == found
