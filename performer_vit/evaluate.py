@@ -1,24 +1,29 @@
 """From predictions to numbers: metrics, the final report, the summary table, `--mode=evaluate`.
 
 The metrics are NumPy and scikit-learn on predictions that a model has already made. Losses are in
-nats, accuracies are fractions from 0 to 1; only printed text turns them into percent.
+nats, accuracies are fractions from 0 to 1; only printed text turns them into percent. Of the
+model's weights the report looks at fθ's alone, to say which kernel it has learnt.
 """
 
-import io
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import jax_utils
 from ml_collections import ConfigDict
 from sklearn.metrics import classification_report
 
 from performer_vit import (
+    augment,
     checkpoints,
     datasets,
     environment,
+    favor,
     figures,
     optimizers,
     predict,
@@ -29,6 +34,12 @@ from performer_vit import workdir as run_directory
 from performer_vit.errors import BadInput
 
 CALIBRATION_BINS = 15
+
+# Of the learnt kernel: degrees, images that give the norms, and planes over which it is a mean:
+# enough that untrained ReLU features, in a figure, lie on the arc-cosine kernel.
+PROFILE_ANGLES = np.linspace(0, 180, 37)
+PROFILE_IMAGES = 128
+PROFILE_PLANES = 2048
 
 
 def confusion_matrix(labels: np.ndarray, predictions: np.ndarray, num_classes: int) -> np.ndarray:
@@ -257,12 +268,14 @@ def write_report(
     log_probabilities: np.ndarray,
     labels: np.ndarray,
     class_names: Sequence[str],
+    learnt: Mapping[str, np.ndarray] | None = None,
 ) -> tuple[dict, dict[str, np.ndarray]]:
     """Writes all that is known about a finished run into its workdir.
 
     The files: `classification_report.txt`, `test_predictions.npz` (`labels` (n,) int32 and
-    `log_probabilities` (n, K) float32), `figures/*.png` (with learning curves if `history.csv` is
-    there), and last `results.json`. Each file appears whole or not at all.
+    `log_probabilities` (n, K) float32), `learnt_kernel.npz` where a kernel was learnt,
+    `figures/*.png` (with learning curves if `history.csv` is there), and last `results.json`. Each
+    file appears whole or not at all.
 
     Args:
         workdir: the run's directory; made if it does not exist.
@@ -270,6 +283,7 @@ def write_report(
         log_probabilities: natural logarithms of the test split's predictions, (n, K).
         labels: its true classes, (n,).
         class_names: the K names.
+        learnt: what `learnt_kernel` returns.
 
     Returns:
         The content of results.json, which is `results` with the predictions' own `test_accuracy`,
@@ -299,21 +313,21 @@ def write_report(
         made['classification_report_text'].rstrip('\n'),
     ]
     text = '\n'.join(line for line in lines if line is not None) + '\n'
-    arrays = io.BytesIO()
-    np.savez_compressed(
-        arrays,
-        labels=np.asarray(labels, np.int32),
-        log_probabilities=np.asarray(log_probabilities, np.float32),
-    )
+    predictions = {
+        'labels': np.asarray(labels, np.int32),
+        'log_probabilities': np.asarray(log_probabilities, np.float32),
+    }
 
     workdir = Path(workdir)
     workdir.mkdir(parents=True, exist_ok=True)
     run_directory.write_text(workdir / 'classification_report.txt', text)
-    temporary = workdir / 'test_predictions.npz.tmp'
-    temporary.write_bytes(arrays.getvalue())
-    os.replace(temporary, workdir / 'test_predictions.npz')
+    run_directory.write_arrays(workdir / 'test_predictions.npz', predictions)
+    if learnt is not None:
+        run_directory.write_arrays(workdir / 'learnt_kernel.npz', learnt)
     history = figures.read_history(workdir)
-    drawn = figures.draw(results, history, np.asarray(log_probabilities), np.asarray(labels))
+    drawn = figures.draw(
+        results, history, np.asarray(log_probabilities), np.asarray(labels), learnt
+    )
     figures.save_all(drawn, workdir)
     # Last, since results.json marks a run as finished: a run that was killed above reports again.
     run_directory.write_json(workdir / 'results.json', results)
@@ -334,8 +348,7 @@ def describe(config, dataset: datasets.Dataset, model, num_params: int) -> dict:
     attention = config.model.attention
     featureless = ('exact', *vit.NO_ATTENTION)
     # fθ has a projection where its first weights are made of one.
-    learnt = attention.kernel in ('ftheta', 'ftheta_mixture')
-    random = learnt and attention.theta_init == 'lecun'
+    random = attention.kernel in favor.LEARNT_KERNELS and attention.theta_init == 'lecun'
     projected = not random and attention.kernel not in featureless
     return {
         'config': config.to_dict(),
@@ -351,6 +364,102 @@ def describe(config, dataset: datasets.Dataset, model, num_params: int) -> dict:
         'device': environment.device(),
         'versions': environment.versions(),
     }
+
+
+def learnt_kernel(
+    config, dataset: datasets.Dataset, model: vit.VisionTransformer, params: Any, initial: Any
+) -> dict[str, np.ndarray] | None:
+    """The kernel that fθ has learnt in each block, beside the one that it started from.
+
+    K(α) / K(0) for queries and keys at the angle α, a mean over planes of all directions; see
+    `favor.learnt_profiles`. ‖q'‖ and ‖k'‖ are the root mean squares over the heads and tokens of
+    some images: the map is not homogeneous, so its shape depends on them, and there it is used.
+    One pair serves all curves of a block, so that they differ in their maps alone. The images are
+    the first of the validation split, because the weights have not seen them and the test split is
+    for the test; of the training split where there is no other.
+
+    Args:
+        config: the config of the run.
+        dataset: its data.
+        model: its model, of L blocks.
+        params: trained weights.
+        initial: the weights that it started from, of the same tree.
+
+    Returns:
+        Arrays by name, float32, for G heads with maps of their own, or G = 1: `angles` (t,) in
+        degrees; `query_norm` and `key_norm` (L,), ‖q'‖ and ‖k'‖; `learnt` and `initial` (L, G, t),
+        K(α) / K(0), and `learnt_deviation` and `initial_deviation` (L, G, t), the standard
+        deviation of K(α) over the planes in the same unit, 0 for a kernel that knows only the
+        angle; `arc_cosine` (t,), the kernel of ReLU features in the limit of many, (sin α + (π - α)
+        cos α) / π (Cho and Saul 2009, "Kernel Methods for Deep Learning"); `softmax` (L, t),
+        exp(‖q'‖ ‖k'‖ (cos α - 1)).
+
+        None for a kernel that is not learnt, and where there are no angles: in one dimension, or
+        where queries or keys of a block have no length, or none that is finite.
+    """
+    attention = config.model.attention
+    head_dim = model.width // model.num_heads
+    if attention.kernel not in favor.LEARNT_KERNELS or head_dim < 2:
+        return None
+    temperature = attention.get('temperature') or math.sqrt(head_dim)
+    norms = _query_and_key_norms(model, params, dataset) / math.sqrt(temperature)
+    if not np.all(np.isfinite(norms) & (norms > 0)):
+        return None
+
+    angles = np.deg2rad(PROFILE_ANGLES)
+    arrays = {
+        'angles': PROFILE_ANGLES,
+        'query_norm': norms[:, 0],
+        'key_norm': norms[:, 1],
+        'arc_cosine': (np.sin(angles) + (np.pi - angles) * np.cos(angles)) / np.pi,
+        'softmax': np.exp(norms.prod(axis=1, keepdims=True) * (np.cos(angles) - 1)),
+    }
+    for name, weights in (('learnt', params), ('initial', initial)):
+        profiles = [
+            favor.learnt_profiles(
+                attention.kernel,
+                weights[f'encoder_{block}']['self_attention']['attention']['theta'],
+                *norms[block],
+                angles,
+                jax.random.key(0),
+                num_planes=PROFILE_PLANES,
+            )
+            for block in range(model.depth)
+        ]
+        mean, deviation = (np.stack(values) for values in zip(*profiles, strict=True))
+        arrays[name] = mean / mean[..., :1]
+        arrays[f'{name}_deviation'] = deviation / mean[..., :1]
+    return {name: values.astype(np.float32) for name, values in arrays.items()}
+
+
+def _query_and_key_norms(
+    model: vit.VisionTransformer, params: Any, dataset: datasets.Dataset
+) -> np.ndarray:
+    """The root mean squares of ‖q‖ and ‖k‖ in each block, (L, 2) float32."""
+
+    def root_mean_square(x):
+        return jnp.sqrt(jnp.mean(jnp.sum(jnp.square(x.astype(jnp.float32)), axis=-1)))
+
+    @jax.jit
+    def norms(params, images):
+        images = augment.normalize(images, dataset.mean, dataset.std)
+        # The attention maps that are sown besides are not returned, so XLA leaves them out.
+        _, seen = model.apply(
+            {'params': params},
+            images,
+            capture_intermediates=lambda module, _: module.name in ('query', 'key'),
+            mutable=['intermediates'],
+        )
+        blocks = [
+            seen['intermediates'][f'encoder_{i}']['self_attention'] for i in range(model.depth)
+        ]
+        return jnp.array([
+            [root_mean_square(block[side]['__call__'][0]) for side in ('query', 'key')]
+            for block in blocks
+        ])  # fmt: skip
+
+    split = dataset.train if dataset.validation is None else dataset.validation
+    return np.asarray(norms(params, split.images[:PROFILE_IMAGES]))
 
 
 def flip_averaged(
@@ -414,6 +523,7 @@ def evaluate_run(workdir: str | os.PathLike) -> dict:
         )
     state, _ = checkpoints.restore(saved, template, step)
     saved.close()
+    learnt = learnt_kernel(config, dataset, model, state.evaluated_params, template.params)
     state = jax_utils.replicate(state, axis_name='batch')
     forward = predict.compile_forward(model, dataset, state, config.batch_size)
     log_probabilities, seconds = predict.timed(forward, state, dataset.test)
@@ -426,7 +536,7 @@ def evaluate_run(workdir: str | os.PathLike) -> dict:
         evaluation_versions=environment.versions(),
     )
     results, _ = write_report(
-        workdir, results, log_probabilities, dataset.test.labels, dataset.class_names
+        workdir, results, log_probabilities, dataset.test.labels, dataset.class_names, learnt
     )
     progress.say(name, summary_table(results))
     return results

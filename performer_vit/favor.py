@@ -9,6 +9,7 @@ N queries, M keys, H heads, D head dimension, R features; leading axes are batch
 import contextlib
 import functools
 import numbers
+import operator
 import warnings
 import zlib
 from collections.abc import Callable
@@ -46,6 +47,7 @@ _SOFTMAX_ESTIMATORS = (
     'softmax_trigonometric',
 )
 KERNELS = ('exact', *_SOFTMAX_ESTIMATORS, *_ELEMENTWISE, *_LEARNT)
+LEARNT_KERNELS = tuple(_LEARNT)
 
 # What has one fθ in common.
 THETA_SHARINGS = ('all', 'sides', 'heads', 'none')
@@ -452,6 +454,58 @@ def redraw_projections(
         return projections.draw(seed, layer, draw_number, *matrix.shape, projection, row_norms)
 
     return jax.tree.map_with_path(redraw, collection)
+
+
+def learnt_profiles(
+    kernel: str,
+    theta: Thetas,
+    query_norm: float,
+    key_norm: float,
+    angles: Any,
+    random_key: jax.Array,
+    *,
+    num_planes: int = 64,
+) -> feature_maps.KernelProfile:
+    """The kernel φ(q)·ψ(k) of each of fθ's maps against the angle, at one norm of q' and one of k'.
+
+    It is `feature_maps.kernel_profile`, ψ being φ unless keys have a map of their own.
+
+    Args:
+      kernel: 'ftheta' or 'ftheta_mixture'.
+      theta: its weights, see `favor_attention`.
+      query_norm, key_norm: ‖q'‖ and ‖k'‖, numbers > 0; x' = x/√τ.
+      angles: [t] numbers from 0 to π, in radians.
+      random_key: a JAX random key, of the planes; every map is looked at in the same ones.
+      num_planes: ≥ 1.
+
+    Returns:
+      NumPy arrays: `mean` and `deviation`, both [G, t] float32 for G key heads with maps of their
+      own, [1, t] where the heads share one.
+
+    Raises:
+      BadInput: another kernel, a head dimension below 2, or a number out of its range.
+    """
+    choose('kernel', kernel, LEARNT_KERNELS)
+    # A temperature of 1, so that norms are those of x'.
+    feature_map = functools.partial(_LEARNT[kernel], temperature=1.0)
+    sides = _sides(theta)
+    *own_heads, dim, _ = sides[0]['hidden_kernel'].shape
+    heads = [sides]
+    if own_heads:
+        heads = [jax.tree.map(operator.itemgetter(head), sides) for head in range(*own_heads)]
+    profiles = [
+        feature_maps.kernel_profile(
+            functools.partial(feature_map, theta=thetas[0]),
+            dim,
+            [query_norm, key_norm],
+            angles,
+            random_key,
+            key_feature_map=functools.partial(feature_map, theta=thetas[-1]),
+            num_planes=num_planes,
+        )
+        for thetas in heads
+    ]
+    return jax.tree.map(lambda *values: np.stack(values)[:, 0, 1], *profiles)
 
 
 def make_attention_fn(

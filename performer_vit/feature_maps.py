@@ -753,9 +753,10 @@ def kernel_profile(
             f'dim is {dim} and num_planes {num_planes}; a plane needs two dimensions. Set dim to 2 '
             'or more and num_planes to 1 or more.'
         )
-    plane = jax.random.normal(key, (num_planes, dim, 2), jnp.float32)
-    # Which sign a column gets does not matter: their directions stay uniform.
-    first, second = jnp.moveaxis(jnp.linalg.qr(plane)[0], -1, 0)
+    q, r = jnp.linalg.qr(jax.random.normal(key, (num_planes, dim, 2), jnp.float32))
+    # By LAPACK's own choice of signs all x would lie in one half of the space.
+    q = q * jnp.where(jnp.diagonal(r, axis1=-2, axis2=-1) < 0, -1.0, 1.0)[:, None, :]
+    first, second = jnp.moveaxis(q, -1, 0)
     first, second = first[:, None], second[:, None]
     directions = jnp.cos(angles)[:, None] * first + jnp.sin(angles)[:, None] * second
     queries = feature_map(norms[:, None] * first)

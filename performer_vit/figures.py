@@ -11,7 +11,7 @@ no global state behind.
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -104,6 +104,7 @@ MOST_NAMED = 30  # classes whose names fit along the axes of a confusion matrix
 ROWS_A_COLUMN = 50  # bars of one column of the per-class figure
 BAND = 0.12  # opacity of a band
 MOST_ERROR = 30  # where the errors of estimators leave their figure
+MOST_PANELS = 4  # blocks of a model beside one another
 MOST_CONFUSED = 12  # pairs named beside a confusion matrix without names
 
 
@@ -340,6 +341,66 @@ def confidence_histogram(
     return figure
 
 
+def kernel_profiles(
+    learnt: Mapping[str, np.ndarray], title: str, *, colour: str = NEUTRAL
+) -> Figure:
+    """The kernel that fθ has learnt against the angle of query and key, a panel a block.
+
+    Every curve is divided by its value at 0°, so that shapes compare: the learnt kernels, a line a
+    head where heads have maps of their own; those that they started from; and the closed forms of
+    ReLU and softmax features.
+
+    Args:
+        learnt: the arrays of learnt_kernel.npz, as `evaluate.learnt_kernel` describes them.
+        title: what the figure is about, the model and the data set.
+        colour: the model's, from `MODEL_COLOURS`.
+    """
+    blocks, heads, _ = learnt['learnt'].shape
+    columns = min(blocks, MOST_PANELS)
+    rows = -(-blocks // columns)
+    figure = _figure(title, height=1.4 + 2.6 * rows)
+    panels = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
+    curves = {
+        'learnt' if heads == 1 else 'learnt, a line a head': (
+            learnt['learnt'],
+            {'color': colour, 'linewidth': 2.2 if heads == 1 else 1, 'zorder': 3},
+        ),
+        'at the start': (
+            learnt['initial'],
+            {'color': NEUTRAL, 'linewidth': 1.6, 'linestyle': ':', 'zorder': 4},
+        ),
+        'ReLU: arc-cosine kernel': (
+            np.broadcast_to(learnt['arc_cosine'], (blocks, 1, learnt['angles'].size)),
+            {'color': MODEL_COLOURS['relu'], 'linewidth': 1.4, 'linestyle': '--'},
+        ),
+        "softmax: exp(q'·k')": (
+            learnt['softmax'][:, None],
+            {'color': MODEL_COLOURS['softmax'], 'linewidth': 1.4, 'linestyle': '--'},
+        ),
+    }
+    for block, axes in enumerate(panels.flat):
+        if block >= blocks:
+            axes.set_visible(False)
+            continue
+        for values, style in curves.values():
+            axes.plot(learnt['angles'], values[block].T, **style)
+        norms = (learnt[f'{side}_norm'][block] for side in ('query', 'key'))
+        described = "block {}\n‖q'‖ {:.2g}, ‖k'‖ {:.2g}".format(block + 1, *norms)
+        axes.set_title(described, fontsize=10, loc='left')
+        axes.set_xlim(0, 180)
+        axes.set_xticks(range(0, 181, 45 if columns < MOST_PANELS else 90))
+        axes.set_ylim(bottom=0)
+        _tidy(axes)
+        if block + columns >= blocks:  # The lowest of its column.
+            axes.set_xlabel('angle of q and k (°)')
+            axes.tick_params(labelbottom=True)
+    for row in panels:
+        row[0].set_ylabel('kernel / at 0°')
+    handles = [Line2D([], [], **style) for _, style in curves.values()]
+    _legend_below(figure, handles, list(curves), columns=4)
+    return figure
+
+
 def comparison(rows: Sequence[dict], title: str) -> Figure:
     """Test accuracy (%) and training time (s/epoch) of several models, a row each.
 
@@ -528,7 +589,11 @@ def to_array(figure: Figure) -> np.ndarray:
 
 
 def draw(
-    results: dict, history: Sequence[dict], log_probabilities: np.ndarray, labels: np.ndarray
+    results: dict,
+    history: Sequence[dict],
+    log_probabilities: np.ndarray,
+    labels: np.ndarray,
+    learnt: Mapping[str, np.ndarray] | None = None,
 ) -> dict[str, Figure]:
     """The figures of a finished run, from its numbers.
 
@@ -537,9 +602,11 @@ def draw(
         history: the rows of history.csv; without any there are no learning curves.
         log_probabilities: natural logarithms of the test split's predictions, (n, K).
         labels: its true classes, (n,).
+        learnt: the arrays of learnt_kernel.npz, if a kernel was learnt.
 
     Returns:
-        `confusion_matrix`, `per_class_accuracy`, `confidence` and `learning_curves`, by name.
+        `confusion_matrix`, `per_class_accuracy`, `confidence`, `learning_curves` and
+        `learnt_kernel`, by name.
 
     Raises:
         BadInput: if the kernel is unknown, or the names do not fit the predictions.
@@ -557,15 +624,18 @@ def draw(
     }
     if history:
         drawn['learning_curves'] = learning_curves(history, title, colour=colour)
+    if learnt is not None:
+        named = f'{title}: the learnt kernel'
+        drawn['learnt_kernel'] = kernel_profiles(learnt, named, colour=colour)
     return drawn
 
 
 def draw_all(workdir: str | os.PathLike) -> None:
     """Draws the figures of a finished run again, from the files in its workdir.
 
-    Reads `results.json`, `test_predictions.npz` and, if it is there, `history.csv`; writes
-    `figures/confusion_matrix.png`, `per_class_accuracy.png`, `confidence.png` and
-    `learning_curves.png`.
+    Reads `results.json`, `test_predictions.npz` and, if they are there, `history.csv` and
+    `learnt_kernel.npz`; writes `figures/confusion_matrix.png`, `per_class_accuracy.png`,
+    `confidence.png`, `learning_curves.png` and `learnt_kernel.png`.
 
     Raises:
         BadInput: if the results or the predictions are missing, or as `draw`.
@@ -578,9 +648,16 @@ def draw_all(workdir: str | os.PathLike) -> None:
             f'{predictions} does not exist; figures are drawn from the predictions of a finished '
             'run. Give the --workdir of a run that has reached its final test.'
         )
-    with np.load(predictions) as saved:
-        labels, log_probabilities = saved['labels'], saved['log_probabilities']
-    save_all(draw(results, read_history(workdir), log_probabilities, labels), workdir)
+    tested = run_directory.read_arrays(predictions)
+    learnt = workdir / 'learnt_kernel.npz'
+    drawn = draw(
+        results,
+        read_history(workdir),
+        tested['log_probabilities'],
+        tested['labels'],
+        run_directory.read_arrays(learnt) if learnt.is_file() else None,
+    )
+    save_all(drawn, workdir)
 
 
 def read_history(workdir: str | os.PathLike) -> list[dict]:

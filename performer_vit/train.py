@@ -415,8 +415,12 @@ def train(config, workdir: str | os.PathLike | None = None, run_name: str = 'run
             mirrored = predict(state, prediction.mirrored(dataset.test))
             labels = dataset.test.labels
             results |= evaluate.flip_averaged(log_probabilities, mirrored, labels)
+        params = jax_utils.unreplicate(state.evaluated_params)
+        learnt = evaluate.learnt_kernel(
+            config, dataset, training.model, params, training.state.params
+        )
         results, images = evaluate.write_report(
-            workdir, results, log_probabilities, dataset.test.labels, dataset.class_names
+            workdir, results, log_probabilities, dataset.test.labels, dataset.class_names, learnt
         )
         shown.tested(tested['step'], results['test_loss'], results['test_accuracy'], images)
     finally:

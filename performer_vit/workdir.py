@@ -1,15 +1,17 @@
 """The directory of a run: its name, whose it is, and the small files in it.
 
-`config.json`, `results.json` and `history.csv` are written whole and swapped in, so that a reader
-or a crash never meets half a file.
+They are written whole and swapped in, so that a reader or a crash never meets half a file.
 """
 
 import csv
+import io
 import json
 import os
 import pathlib
 import tempfile
 from collections.abc import Mapping, Sequence
+
+import numpy as np
 
 from performer_vit.errors import BadInput
 
@@ -23,9 +25,26 @@ _WHEREABOUTS = ('dataset.data_dir', 'dataset.fallback')
 
 def write_text(path: str | os.PathLike, text: str) -> None:
     """Writes a text file in one step: the old content or the new, never a part."""
+    _write_bytes(path, text.encode('utf-8'))
+
+
+def write_arrays(path: str | os.PathLike, arrays: Mapping[str, np.ndarray]) -> None:
+    """Writes arrays by name as a compressed `.npz` file, in one step."""
+    content = io.BytesIO()
+    np.savez_compressed(content, **arrays)
+    _write_bytes(path, content.getvalue())
+
+
+def read_arrays(path: str | os.PathLike) -> dict[str, np.ndarray]:
+    """Reads the arrays of a file that `write_arrays` wrote."""
+    with np.load(path) as saved:
+        return dict(saved)
+
+
+def _write_bytes(path: str | os.PathLike, content: bytes) -> None:
     path = pathlib.Path(path)
     temporary = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
-    temporary.write_text(text, encoding='utf-8')
+    temporary.write_bytes(content)
     os.replace(temporary, path)
 
 

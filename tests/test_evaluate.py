@@ -1,12 +1,16 @@
 """The metrics against plain loops and closed forms; the report and its files."""
 
+import dataclasses
+import functools
 import json
 import math
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from performer_vit import evaluate
+from performer_vit import datasets, evaluate, feature_maps, vit
 from performer_vit.errors import BadInput
 
 
@@ -228,6 +232,119 @@ def test_report_takes_log_probabilities_of_bfloat16_precision():
     coarse = (log_probabilities.view(np.uint32) & 0xFFFF0000).view(np.float32)
     assert np.abs(np.exp(coarse).sum(axis=1) - 1).max() > 1e-3
     evaluate.report(labels, coarse, [str(i) for i in range(100)])
+
+
+# The learnt kernel
+
+
+def test_learnt_kernel_starts_as_relu_and_is_that_of_the_trained_weights(tiny_config):
+    """The untrained kernel is that of ReLU features with the rows that fθ starts from.
+
+    The first block's norms are computed again in NumPy; queries and keys of the second are
+    constants. Catches blocks exchanged, trained and initial weights exchanged, norms of other
+    images, of q instead of q', or of their means, and degrees taken for radians.
+
+    By Cho and Saul 2009 the mean over all planes is proportional to the arc-cosine kernel; the mean
+    over some is within 5 standard errors, and ε adds less than 0.01.
+    """
+    tiny_config.model.depth = 2
+    tiny_config.model.attention.kernel = 'ftheta'
+    dataset = datasets.load('digits')
+    model = vit.from_config(tiny_config.model, 10, tiny_config.seed)
+    initial = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 32, 32, 3)))['params']
+    trained = jax.tree.map(lambda leaf: np.asarray(leaf) + 0.1, initial)
+    for side, value in (('query', 0.25), ('key', 0.5)):
+        dense = trained['encoder_1']['self_attention'][side]
+        dense.update(kernel=0 * dense['kernel'], bias=0 * dense['bias'] + value)
+    saved = evaluate.learnt_kernel(tiny_config, dataset, model, trained, initial)
+
+    pixels = (dataset.validation.images[:128] / 255 - dataset.mean) / dataset.std
+    patches = pixels.reshape(128, 4, 8, 4, 8, 3).swapaxes(2, 3).reshape(128, 16, 192)
+    stem, block = trained['stem']['embedding'], trained['encoder_0']
+    x = patches @ stem['kernel'] + stem['bias'] + trained['position_embedding']
+    x = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-6)
+    x = x * block['attention_norm']['scale'] + block['attention_norm']['bias']
+    for side, value in (('query', 0.25), ('key', 0.5)):
+        dense = block['self_attention'][side]
+        heads = np.einsum('bnc,chd->bnhd', x, dense['kernel']) + dense['bias']
+        first = np.sqrt(np.mean(np.sum(heads**2, axis=-1)))
+        expected = np.array([first, value * 8**0.5]) / 8**0.25
+        np.testing.assert_allclose(saved[f'{side}_norm'], expected, rtol=1e-4)
+
+    for block in range(2):
+        norms = np.array([saved[f'{side}_norm'][block] for side in ('query', 'key')])
+        rows, theta = (
+            weights[f'encoder_{block}']['self_attention']['attention']['theta']
+            for weights in (initial, trained)
+        )
+        for name, feature_map in (
+            ('initial', functools.partial(feature_maps.relu, projection=rows['hidden_kernel'].T)),
+            ('learnt', functools.partial(feature_maps.ftheta, theta=theta)),
+        ):
+            profile = feature_maps.kernel_profile(
+                feature_map, 8, norms * 8**0.25, np.deg2rad(evaluate.PROFILE_ANGLES),
+                jax.random.key(0), num_planes=evaluate.PROFILE_PLANES,
+            )  # fmt: skip
+            mean, deviation = (values[0, 1] / profile.mean[0, 1, 0] for values in profile)
+            np.testing.assert_allclose(saved[name][block, 0], mean, rtol=1e-3, atol=1e-6)
+            found = saved[f'{name}_deviation'][block, 0]
+            np.testing.assert_allclose(found, deviation, rtol=1e-3, atol=1e-6)
+        arc_cosine, deviation = saved['arc_cosine'], saved['initial_deviation'][block, 0]
+        bound = 5 * (deviation + arc_cosine * deviation[0]) / evaluate.PROFILE_PLANES**0.5 + 0.01
+        assert np.all(np.abs(saved['initial'][block, 0] - arc_cosine) < bound)
+        assert np.max(np.abs(saved['learnt'][block, 0] - arc_cosine) / bound) > 1
+        np.testing.assert_allclose(saved['softmax'][block, -1], np.exp(-2 * np.prod(norms)), 1e-4)
+    assert saved['angles'].tolist() == evaluate.PROFILE_ANGLES.tolist()
+    assert saved['angles'][[0, -1]].tolist() == [0, 180]
+    middle = list(saved['angles']).index(90)
+    np.testing.assert_allclose(saved['arc_cosine'][[0, middle, -1]], [1, 1 / np.pi, 0], atol=1e-6)
+    np.testing.assert_allclose(saved['softmax'][:, middle] ** 2, saved['softmax'][:, -1], 1e-4)
+
+
+def model_and_noise(config, scale):
+    """A model, and weights from N(0, scale²)."""
+    model = vit.from_config(config.model, 10, config.seed)
+    shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 32, 32, 3)))['params']
+    rng = np.random.default_rng(0)
+    return model, jax.tree.map(lambda leaf: scale * rng.normal(size=leaf.shape), shapes)
+
+
+def test_learnt_kernel_of_heads_and_sides_apart(tiny_config):
+    """A curve a head where heads have maps of their own, the key's map used where there is one; the
+    norms are of training images where there are no others, and of the config's temperature.
+    """
+    attention = tiny_config.model.attention
+    attention.update(kernel='ftheta_mixture', theta_sharing='none')
+    model, initial = model_and_noise(tiny_config, 0.5)
+    trained = jax.tree.map(np.copy, initial)
+    theta = trained['encoder_0']['self_attention']['attention']['theta']
+    theta['key']['hidden_bias'][1] += 1  # Of the second head alone.
+    dataset = datasets.load('digits')
+    saved = evaluate.learnt_kernel(tiny_config, dataset, model, trained, initial)
+    assert saved['learnt'].shape == saved['initial'].shape == (1, 2, saved['angles'].size)
+    np.testing.assert_array_equal(saved['learnt'][0, 0], saved['initial'][0, 0])
+    assert np.max(np.abs(saved['learnt'][0, 1] - saved['initial'][0, 1])) > 0.05
+
+    swapped = dataclasses.replace(dataset, train=dataset.validation, validation=None)
+    with tiny_config.unlocked():
+        attention.temperature = 2 * 8**0.5
+    colder = evaluate.learnt_kernel(tiny_config, swapped, model, trained, initial)
+    np.testing.assert_allclose(colder['query_norm'], saved['query_norm'] / 2**0.5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ('kernel', 'num_heads'),
+    [('relu', 2), ('exact', 2), ('none', 2), ('ftheta', 16), ('ftheta', 2)],
+)
+def test_no_learnt_kernel(tiny_config, kernel, num_heads):
+    """Catches a run that fails at its end where there is no learnt kernel, or no angle: in one
+    dimension, or where all weights are 0, and so queries and keys.
+    """
+    tiny_config.model.num_heads = num_heads
+    tiny_config.model.attention.kernel = kernel
+    model, params = model_and_noise(tiny_config, 0)
+    dataset = datasets.load('digits')
+    assert evaluate.learnt_kernel(tiny_config, dataset, model, params, params) is None
 
 
 # The summary table

@@ -1086,6 +1086,41 @@ def test_what_shares_one_map(theta_init, sharing):
         assert np.all(one[:, needed:] != other[:, needed:])
 
 
+@pytest.mark.parametrize(
+    ('kernel', 'sharing'),
+    [('ftheta', 'all'), ('ftheta', 'none'), ('ftheta_mixture', 'sides'), ('ftheta', 'heads')],
+)
+def test_learnt_profiles_are_those_of_each_head(kernel, sharing):
+    """Against the profile of every head's own maps, for q and k with the default temperature.
+
+    Catches heads or sides exchanged, norms of q' taken for those of q or of k, and heads that share
+    a map drawn as many.
+    """
+    theta = weights(kernel, sharing=sharing)['theta']
+    angles, key = np.linspace(0, np.pi, 3), jax.random.key(2)
+    found = favor.learnt_profiles(kernel, theta, 0.5, 1.5, angles, key, num_planes=4)
+    sides = [theta['query'], theta['key']] if sharing in ('heads', 'none') else [theta, theta]
+    heads = range(H) if sharing in ('sides', 'none') else [slice(None)]
+    for statistic in ('mean', 'deviation'):
+        expected = []
+        for head in heads:
+            maps = [
+                functools.partial(
+                    getattr(feature_maps, kernel),
+                    theta={name: leaf[head] if leaf.ndim else leaf for name, leaf in one.items()},
+                )
+                for one in sides
+            ]
+            profile = feature_maps.kernel_profile(
+                maps[0], D, np.array([0.5, 1.5]) * D**0.25, angles, key,
+                key_feature_map=maps[1], num_planes=4,
+            )  # fmt: skip
+            expected.append(getattr(profile, statistic)[0, 1])
+        np.testing.assert_allclose(getattr(found, statistic), expected, rtol=1e-4, atol=1e-6)
+    with pytest.raises(BadInput, match="kernel is 'relu'; allowed are 'ftheta', 'ftheta_mixture'"):
+        favor.learnt_profiles('relu', theta, 0.5, 1.5, angles, key)
+
+
 @pytest.mark.parametrize('kernel', ['exact', 'relu'])
 def test_module_takes_segments(kernel):
     """Catches an argument that the module does not hand on, or takes for the mask."""

@@ -436,17 +436,23 @@ def test_profile_of_other_maps_of_keys():
 
 
 def test_profile_is_the_mean_over_planes_of_all_directions():
-    """Of (x₁ y₁) it is x·y / D, by symmetry; within 5 standard errors of 4,000 planes.
+    """Of x₁ y₁ it is x·y / D, by symmetry, and of ReLU(x₁) ReLU(y₁) the arc-cosine kernel / 2D;
+    within 5 standard errors of 4,000 planes.
 
-    Catches planes that favour a direction, and a deviation that is not that of planes:
-    Var[x₁²] = 2 (D - 1) / (D² (D + 2)) for a uniform direction x.
+    Catches planes that favour a direction or one of its two ends, and a deviation that is not that
+    of planes: Var[x₁²] = 2 (D - 1) / (D² (D + 2)) for a uniform direction x.
     """
-    profile = feature_maps.kernel_profile(
-        lambda x: x[..., :1], 3, [1.0], ANGLES, jax.random.key(2), num_planes=4000
+    arc_cosine = (np.sin(ANGLES) + (np.pi - ANGLES) * np.cos(ANGLES)) / np.pi
+    signed, relu = (
+        feature_maps.kernel_profile(
+            feature_map, 3, [1.0], ANGLES, jax.random.key(2), num_planes=4000
+        )
+        for feature_map in (lambda x: x[..., :1], lambda x: jax.nn.relu(x[..., :1]))
     )
-    standard_error = profile.deviation[0, 0] / 4000**0.5
-    assert np.all(np.abs(profile.mean[0, 0] - np.cos(ANGLES) / 3) < 5 * standard_error)
-    assert profile.deviation[0, 0, 0] == pytest.approx((4 / 45) ** 0.5, rel=0.05)
+    for profile, expected in ((signed, np.cos(ANGLES) / 3), (relu, arc_cosine / 6)):
+        standard_error = profile.deviation[0, 0] / 4000**0.5 + 1e-9  # That of 0 at π is 0.
+        assert np.all(np.abs(profile.mean[0, 0] - expected) < 5 * standard_error)
+    assert signed.deviation[0, 0, 0] == pytest.approx((4 / 45) ** 0.5, rel=0.05)
 
 
 @pytest.mark.parametrize(

@@ -88,6 +88,22 @@ def model_speed_study():
     return {'settings': {'lengths': lengths, 'config': {'model': model}}, 'rows': rows}
 
 
+def learnt_kernel(blocks, heads):
+    """What `evaluate.learnt_kernel` returns, with curves that name their block and head."""
+    angles = np.linspace(0, 180, 61)
+    fall = 1 - angles / 180
+    steepness = 1 + np.arange(blocks)[:, None, None] / 4 + np.arange(heads)[:, None] / 16
+    return {
+        'angles': angles,
+        'query_norm': 1 + np.arange(blocks),
+        'key_norm': 2.345 + np.arange(blocks),
+        'learnt': fall**steepness,
+        'initial': np.broadcast_to(fall**2, (blocks, heads, 61)),
+        'arc_cosine': fall**2.1,
+        'softmax': fall ** (3 + np.arange(blocks)[:, None]),
+    }
+
+
 @functools.cache
 def visible_texts(name):
     """Every text that is drawn, with its box in pixels."""
@@ -134,6 +150,8 @@ def all_figures():
         )
     ]  # fmt: skip
     made['comparison'] = figures.comparison(rows, 'All kernels on digits')
+    for blocks, heads in ((2, 1), (6, 8)):
+        made[f'kernels-{blocks}'] = figures.kernel_profiles(learnt_kernel(blocks, heads), TITLE)
     made |= figures.approximation_figures(approximation_study())
     made['model-speed'] = figures.model_speed(model_speed_study())
     assert set(made) == set(FIGURES)  # None goes untested.
@@ -144,6 +162,7 @@ FIGURES = (
     'curves-1', 'curves-3', 'curves-100', 'confusion-10', 'per-class-10', 'confidence-10',
     'confusion-100', 'per-class-100', 'confidence-100', 'comparison', 'approximation-features',
     'approximation-length', 'approximation-scale', 'approximation-projections', 'model-speed',
+    'kernels-2', 'kernels-6',
 )  # fmt: skip
 
 
@@ -469,6 +488,33 @@ def test_fewer_colours_change_a_figure_little(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ['all.png', 'few.png']
 
 
+# The learnt kernel
+
+
+@pytest.mark.parametrize(('blocks', 'heads'), [(2, 1), (6, 8)])
+def test_panels_hold_the_kernels_of_their_block(blocks, heads):
+    """Catches blocks exchanged, heads left out, and trained and initial kernels in one style."""
+    saved = learnt_kernel(blocks, heads)
+    figure = all_figures()[f'kernels-{blocks}']
+    shown = [axes for axes in figure.axes if axes.get_visible()]
+    assert len(shown) == blocks
+    for block, axes in enumerate(shown):
+        expected = [
+            *saved['learnt'][block], *saved['initial'][block], saved['arc_cosine'],
+            saved['softmax'][block],
+        ]  # fmt: skip
+        for line, values in zip(axes.lines, expected, strict=True):
+            np.testing.assert_array_equal(line.get_xdata(), saved['angles'])
+            np.testing.assert_array_equal(line.get_ydata(), values)
+        styles = [line.get_linestyle() for line in axes.lines]
+        assert styles == ['-'] * heads + [':'] * heads + ['--'] * 2
+        described = f"block {block + 1}\n‖q'‖ {block + 1}, ‖k'‖ {block + 2.345:.2g}"
+        assert axes.get_title(loc='left') == described
+    names = legend(figure)
+    assert names[0] == ('learnt' if heads == 1 else 'learnt, a line a head')
+    assert len(names) == 4
+
+
 # Time of whole models
 
 
@@ -508,8 +554,10 @@ def test_a_model_of_one_panel_is_in_the_legend():
 # Files
 
 
-def test_draw_all_draws_from_the_saved_files(tmp_path):
-    """Catches a figure that is not written, is empty, or is of the wrong width."""
+def test_draw_all_draws_from_the_saved_files(tmp_path, monkeypatch):
+    """Catches a figure that is not written, is empty, or is of the wrong width, and a learnt kernel
+    that is not drawn or is not the saved one.
+    """
     labels, log_probabilities = predictions(10)
     results = {'dataset': 'cifar10', 'kernel': 'elu', 'class_names': [str(i) for i in range(10)]}
     (tmp_path / 'results.json').write_text(json.dumps(results))
@@ -524,6 +572,17 @@ def test_draw_all_draws_from_the_saved_files(tmp_path):
         image = imread(path)
         assert image.shape[1] == 1600 and image.std() > 0.05
     assert figures.run_title(results) == 'Performer-ELU on CIFAR-10'
+
+    (tmp_path / 'results.json').write_text(json.dumps({**results, 'kernel': 'ftheta'}))
+    saved, drawn = learnt_kernel(2, 1), {}
+    workdir.write_arrays(tmp_path / 'learnt_kernel.npz', saved)
+    monkeypatch.setattr(figures, 'save_all', lambda made, _: drawn.update(made))
+    figures.draw_all(tmp_path)
+    assert drawn.keys() == names | {'learnt_kernel'}
+    first, _ = drawn['learnt_kernel'].axes
+    np.testing.assert_array_equal(first.lines[0].get_ydata(), saved['learnt'][0, 0])
+    assert first.lines[0].get_color() == figures.MODEL_COLOURS['ftheta']
+    assert drawn['learnt_kernel'].get_suptitle().startswith('Performer-fθ on CIFAR-10')
 
 
 def test_draw_all_says_what_is_missing(tmp_path):

@@ -236,6 +236,7 @@ def test_workdir_of_a_run(finished, capsys):
         assert 'digits' in (directory / name).read_text(), name
     for name in ('learning_curves', 'confusion_matrix', 'per_class_accuracy', 'confidence'):
         assert (directory / 'figures' / f'{name}.png').stat().st_size > 5000
+    assert not list(directory.rglob('learnt_kernel.*'))
     assert workdir.read_json(directory / 'results.json') == results
     wanted = {
         'dataset', 'kernel', 'num_params', 'num_tokens', 'epochs', 'train_seconds_per_epoch',
@@ -400,15 +401,32 @@ def test_profile_on_request(tiny_config, tmp_path):
     assert list((tmp_path / 'run').glob('plugins/profile/*/*'))
 
 
-def test_training_on_everything(tiny_config, tmp_path):
-    """Without a validation split there is none in the results, and the last state is tested."""
+def test_training_a_learnt_kernel_on_everything(tiny_config, tmp_path):
+    """Without a validation split there is none in the results, and the last state is tested.
+
+    The run says what it has learnt, and so does its evaluation, in the same bits. Catches initial
+    weights that training has overwritten, weights other than the tested ones, and a file or figure
+    that is not made anew.
+    """
     tiny_config.dataset.validation_fraction = 0.0
     tiny_config.test_state = 'last'
     tiny_config.num_epochs = 1
+    tiny_config.optimizer.warmup_epochs = 0.0
+    tiny_config.model.attention.kernel = 'ftheta'
     results = train.train(tiny_config, tmp_path / 'run')
     assert results['validation_accuracy'] is None
     assert workdir.read_history(tmp_path / 'run' / 'history.csv')[0]['validation_loss'] is None
     assert 0 <= results['test_accuracy'] <= 1
+    paths = [tmp_path / 'run' / name for name in ('learnt_kernel.npz', 'figures/learnt_kernel.png')]
+    saved = workdir.read_arrays(paths[0])
+    assert saved['learnt'].shape == (1, 1, saved['angles'].size)
+    assert np.max(np.abs(saved['learnt'] - saved['initial'])) > 1e-3
+    drawn = paths[1].read_bytes()
+    for path in paths:
+        path.unlink()
+    evaluate.evaluate_run(tmp_path / 'run')
+    assert paths[1].read_bytes() == drawn
+    jax.tree.map(np.testing.assert_array_equal, workdir.read_arrays(paths[0]), saved)
 
 
 @pytest.mark.parametrize('name', CONFIGS)
