@@ -1,5 +1,6 @@
 """The command line as a user types it, and a run that is killed."""
 
+import contextlib
 import os
 import random
 import signal
@@ -17,6 +18,7 @@ from tests.conftest import ROOT, load_config
 SMALL = (
     '--config=configs/performer_relu.py:digits',
     '--config.num_epochs=4',
+    '--config.batch_size=64',
     '--config.dataset.validation_fraction=0.2',
     '--config.log_every_steps=2',
     '--config.model.stem=patch',
@@ -31,7 +33,7 @@ SMALL = (
 
 
 def environment() -> dict[str, str]:
-    """One CPU device, as a user has it, and no prepared data."""
+    """As a user has it, with no devices forced upon it and no prepared data."""
     kept = {name: value for name, value in os.environ.items() if name != 'TFDS_DATA_DIR'}
     return {**kept, 'XLA_FLAGS': '', 'JAX_PLATFORMS': 'cpu'}
 
@@ -152,4 +154,7 @@ def test_without_data_the_default_command_trains_on_digits_and_says_so(tmp_path)
 
 
 def _parse(value: str) -> object:
-    return int(value) if value.isdigit() else value
+    for number in (int, float):
+        with contextlib.suppress(ValueError):
+            return number(value)
+    return value
