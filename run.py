@@ -54,5 +54,5 @@ def _main(argv: list[str]) -> None:
 
 
 if __name__ == '__main__':
-    cpu_backend.restart()
+    cpu_backend.configure()
     app.run(_main, flags_parser=parse)

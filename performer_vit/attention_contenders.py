@@ -6,14 +6,13 @@ head dimension, R features.
 """
 
 import functools
-import os
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from performer_vit import favor, feature_maps, projections
+from performer_vit import cpu_backend, favor, feature_maps, projections
 from performer_vit.errors import BadInput, choose
 
 NUM_HEADS = 8
@@ -220,7 +219,7 @@ def _torch_call(
 ) -> Callable[[], object]:
     import torch
 
-    torch.set_num_threads(num_cores())
+    torch.set_num_threads(cpu_backend.num_cores())
     tensors = [torch.from_numpy(np.swapaxes(np.asarray(x), 1, 2).copy()) for x in inputs]
 
     def forward() -> torch.Tensor:
@@ -236,10 +235,3 @@ def _torch_call(
     for tensor in tensors:
         tensor.requires_grad_()
     return gradient
-
-
-def num_cores() -> int:
-    """The CPU cores that this process may use, which are the threads that PyTorch gets."""
-    if hasattr(os, 'sched_getaffinity'):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count()

@@ -12,7 +12,13 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
-from performer_vit import attention_contenders, attention_memory, environment, timing
+from performer_vit import (
+    attention_contenders,
+    attention_memory,
+    cpu_backend,
+    environment,
+    timing,
+)
 from performer_vit.attention_contenders import (
     EXACT,
     HEAD_DIM,
@@ -116,7 +122,7 @@ def study(
             'projection': 'orthogonal',
         },
         'device': environment.device(),
-        'torch_device': f'cpu, {attention_contenders.num_cores()} threads' if peers else None,
+        'torch_device': f'cpu, {cpu_backend.num_cores()} threads' if peers else None,
         'versions': environment.versions() | (_peer_versions() if peers else {}),
     }
     if memory:

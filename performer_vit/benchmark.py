@@ -29,7 +29,6 @@ from ml_collections import config_flags
 
 from performer_vit import (
     approximation,
-    attention_contenders,
     attention_speed,
     augment,
     cpu_backend,
@@ -165,7 +164,7 @@ def train_step(config, rounds: int, peers: bool = False) -> dict:
             'bare_step_over_torch': _ratio(
                 measured['images_per_second'], measured['torch_images_per_second']
             ),
-            'torch_device': f'cpu, {attention_contenders.num_cores()} threads',
+            'torch_device': f'cpu, {cpu_backend.num_cores()} threads',
             'included': twin.INCLUDES,
         }
         values['versions']['torch'] = importlib.metadata.version('torch')
@@ -396,5 +395,5 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == '__main__':
-    cpu_backend.restart()
+    cpu_backend.configure()
     app.run(main, flags_parser=parse)

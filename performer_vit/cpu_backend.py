@@ -1,9 +1,9 @@
-"""What XLA's CPU backend gains from, and a process must be given when it begins.
+"""What XLA's CPU backend gains from: huge pages and two devices.
 
 Huge pages: XLA asks malloc for every array of a step anew, and the kernel hands memory out page by
-page as it is first written. With pages of 4 KiB these faults take a fifth of a training step; with
-transparent huge pages of 2 MiB there are 512 times fewer. Most Linux systems give huge pages to
-those alone who ask for them, and glibc asks where a variable tells it to.
+page as it is first written. With pages of 4 KiB these faults take up to a fifth of a training step;
+with transparent huge pages of 2 MiB there are 512 times fewer. Most Linux systems give huge pages
+to those alone who ask for them, and glibc asks where a variable tells it to.
 
 Two devices: many operations of a step (small products of a batch, sums, moved data) run on one
 thread however many there are. Two devices of the CPU, with half of a batch each, run beside each
@@ -45,14 +45,16 @@ def tunables(given: str, enabled: str) -> str | None:
     return ':'.join(f'{name}={value}' for name, value in {**_TUNABLES, **settings}.items())
 
 
-def device_flags(given: str, num_cores: int) -> str | None:
+def device_flags(given: str, cores: int) -> str | None:
     """The value of `XLA_FLAGS` that makes two devices, or None where nothing is to be done.
 
     Args:
-      given: its value now, '' for none; what it sets is kept, a number of devices too.
-      num_cores: that this process may use. One core has nothing to share out.
+      given: its value now, '' for none; what it sets is kept, a number of devices too. It may also
+        name a file of flags, to which nothing can be added.
+      cores: that this process may use. One core has nothing to share out.
     """
-    if num_cores < 2 or _DEVICE_COUNT in given:
+    names_a_file = given.strip() and not given.strip().startswith('-')
+    if cores < 2 or _DEVICE_COUNT in given or names_a_file:
         return None
     return f'{given} {_DEVICE_COUNT}=2'.strip()
 
@@ -67,28 +69,30 @@ def may_use_accelerator(variables: Mapping[str, str]) -> bool:
     )
 
 
-def restart() -> None:
-    """Starts this Python process again, in its place, with huge pages and two devices.
+def configure() -> None:
+    """Gives this process two devices and huge pages; for the beginning of a program.
+
+    XLA reads its flags when JAX first computes, so devices are a matter of a variable. Malloc reads
+    its own when a process begins: for huge pages this process starts again, in its place.
 
     Does nothing where that would change nothing, or JAX may use an accelerator. Small pages are
     kept by `GLIBC_TUNABLES=glibc.malloc.hugetlb=0`, one device by
     `XLA_FLAGS=--xla_force_host_platform_device_count=1`.
     """
-    if not sys.executable or may_use_accelerator(os.environ):
+    if may_use_accelerator(os.environ):
         return
-    wanted = {
-        HUGE_PAGES: tunables(
-            os.environ.get(HUGE_PAGES, ''), _ENABLED.read_text() if _ENABLED.exists() else ''
-        ),
-        DEVICES: device_flags(os.environ.get(DEVICES, ''), _num_cores()),
-    }
-    changes = {name: value for name, value in wanted.items() if value is not None}
-    if changes:
-        arguments = [sys.executable, *sys.orig_argv[1:]]
-        os.execve(sys.executable, arguments, {**os.environ, **changes})
+    flags = device_flags(os.environ.get(DEVICES, ''), num_cores())
+    if flags is not None:
+        os.environ[DEVICES] = flags
+    if _ENABLED.exists() and sys.executable:  # Linux.
+        value = tunables(os.environ.get(HUGE_PAGES, ''), _ENABLED.read_text())
+        if value is not None:
+            arguments = [sys.executable, *sys.orig_argv[1:]]
+            os.execve(sys.executable, arguments, {**os.environ, HUGE_PAGES: value})
 
 
-def _num_cores() -> int:
+def num_cores() -> int:
+    """The CPU cores that this process may use."""
     if hasattr(os, 'sched_getaffinity'):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1

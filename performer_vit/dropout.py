@@ -1,8 +1,8 @@
-"""Dropout whose masks cost an eighth of a random number each.
+"""Dropout by bytes: a quarter of the random bits that Flax's own draws.
 
-Flax's own draws 32 random bits an element, which on a CPU takes as long as a dense layer on the
-same array. A byte is enough: it gives the probability in steps of 1/256, and a threshold that is
-rounded up or down at random, row by row, makes the probability exact.
+Drawing 32 random bits an element is a large part of a layer's time on a CPU. A byte is enough: it
+gives the probability in steps of 1/256, and a threshold that is rounded up or down at random, row
+by row, makes the probability exact.
 
 Source: Srivastava et al. 2014, "Dropout: A Simple Way to Prevent Neural Networks from Overfitting".
 """
@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from performer_vit.errors import BadInput
+
 
 def drop_mask(key: jax.Array, rate: float, shape: tuple[int, ...]) -> jax.Array:
     """True with probability `rate`, independently but for rows: bool of `shape`.
@@ -18,7 +20,7 @@ def drop_mask(key: jax.Array, rate: float, shape: tuple[int, ...]) -> jax.Array:
     An element is dropped where its byte is below ⌊256·rate + u⌋, with a byte an element and one u,
     uniform in [0, 1), a row (the last axis); over both the probability is `rate`, to the 2⁻²³ that
     a uniform number is rounded to. Elements of one row share u, so that they are dropped together
-    a little more often than by chance: their covariance is below 2⁻¹⁸.
+    a little more often than by chance: their covariance is at most 2⁻¹⁸.
 
     Args:
       key: a JAX random key.
@@ -45,6 +47,13 @@ class Dropout(nn.Module):
     """
 
     rate: float
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0.0 <= self.rate < 1.0:
+            raise BadInput(
+                f'rate is {self.rate}; it is a probability: set it to a number from 0 to below 1.'
+            )
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:

@@ -10,12 +10,12 @@ import jax
 
 
 def device() -> str:
-    """The devices in words, such as '1 × cpu (AMD EPYC, 2 cores)'."""
+    """The devices in words, such as '8 × TPU v4' or 'cpu (AMD EPYC, 2 cores, 2 devices)'."""
     devices = jax.devices()
-    words = f'{len(devices)} × {devices[0].device_kind}'
     if devices[0].platform != 'cpu':
-        return words
-    return f'{words} ({_processor()}, {os.cpu_count()} cores)'
+        return f'{len(devices)} × {devices[0].device_kind}'
+    count = f', {len(devices)} devices' if len(devices) > 1 else ''
+    return f'cpu ({_processor()}, {os.cpu_count()} cores{count})'
 
 
 def _processor() -> str:

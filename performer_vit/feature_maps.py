@@ -56,6 +56,9 @@ MAX_EXP_EXPONENT = 15.0
 # From here on the second moment of the optimal positive features is infinite.
 MAX_A = 0.125
 
+# That `kernel_profile` looks at together.
+_PLANES = 32
+
 
 def softmax_log_features(
     x: jax.Array, projection: jax.Array, *, temperature: float | None = None
@@ -755,13 +758,17 @@ def kernel_profile(
         )
     q, r = jnp.linalg.qr(jax.random.normal(key, (num_planes, dim, 2), jnp.float32))
     # By LAPACK's own choice of signs all x would lie in one half of the space.
-    q = q * jnp.where(jnp.diagonal(r, axis1=-2, axis2=-1) < 0, -1.0, 1.0)[:, None, :]
-    first, second = jnp.moveaxis(q, -1, 0)
-    first, second = first[:, None], second[:, None]
-    directions = jnp.cos(angles)[:, None] * first + jnp.sin(angles)[:, None] * second
-    queries = feature_map(norms[:, None] * first)
-    keys = (key_feature_map or feature_map)(norms[:, None, None] * directions[:, None])
-    products = jnp.einsum('par,pbtr->pabt', queries, keys)
+    planes = q * jnp.where(jnp.diagonal(r, axis1=-2, axis2=-1) < 0, -1.0, 1.0)[:, None, :]
+
+    def products_of_plane(plane):
+        first, second = plane.T
+        directions = jnp.cos(angles)[:, None] * first + jnp.sin(angles)[:, None] * second
+        queries = feature_map(norms[:, None] * first)
+        keys = (key_feature_map or feature_map)(norms[:, None, None] * directions)
+        return jnp.einsum('ar,btr->abt', queries, keys)
+
+    # A few planes at a time, because each has n·t keys of R features.
+    products = jax.lax.map(products_of_plane, planes, batch_size=min(num_planes, _PLANES))
     return KernelProfile(np.asarray(products.mean(axis=0)), np.asarray(products.std(axis=0)))
 
 

@@ -84,7 +84,8 @@ def check_batch_size(batch_size: int, num_devices: int, n: int | None = None) ->
         raise BadInput(
             f'batch_size is {batch_size!r}; allowed are positive multiples of the number of '
             f'devices, {num_devices}. The nearest is '
-            f'{max(1, round(batch_size / num_devices)) * num_devices}.'
+            f'{max(1, round(batch_size / num_devices)) * num_devices}. (A CPU is one device with '
+            'XLA_FLAGS=--xla_force_host_platform_device_count=1.)'
         )
     if n is not None and batch_size > n:
         raise BadInput(

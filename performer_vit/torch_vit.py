@@ -21,8 +21,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from performer_vit import workdir
-from performer_vit.attention_contenders import num_cores
+from performer_vit import cpu_backend, workdir
 from performer_vit.errors import BadInput
 from performer_vit.feature_maps import EPSILON
 
@@ -276,7 +275,7 @@ def make_train_step(
       config: of a run; `check` lets it pass.
       steps_per_epoch: optimiser steps in an epoch, for the schedule.
     """
-    torch.set_num_threads(num_cores())
+    torch.set_num_threads(cpu_backend.num_cores())
     model.train()
     optimizer = torch.optim.AdamW(
         _parameter_groups(model, config.optimizer.weight_decay),

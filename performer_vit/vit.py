@@ -82,9 +82,9 @@ class ConvStem(nn.Module):
     the width, a 2×2 maximum; on the grid of the tokens `blocks` residual convolutions may follow,
     x + conv(ReLU(LayerNorm(x))) each. Space-to-depth and the maximum share the shrinking between
     them: patch_size 4 is 2 and 2, patch_size 2 is 2 and none, patch_size 1 neither. The maximum is
-    taken of slices, because on CPUs the gradient of a windowed pooling is slow, and that of a
-    reduction four times as slow as this; the norm needs no statistics over the batch, so training
-    and inference compute the same function.
+    taken of slices, because on CPUs the gradients of a windowed pooling and of a reduction are
+    slower; the norm needs no statistics over the batch, so training and inference compute the same
+    function.
     """
 
     patch_size: int
@@ -95,13 +95,13 @@ class ConvStem(nn.Module):
 
     @nn.compact
     def __call__(self, images: jax.Array) -> jax.Array:
-        pool = 2 if self.patch_size > 2 else 1
-        x = space_to_depth(images, self.patch_size // pool)
+        halves = self.patch_size > 2
+        x = space_to_depth(images, self.patch_size // 2 if halves else self.patch_size)
         for i, channels in enumerate(self.channels):
             x = Conv3x3(channels, use_bias=False, dtype=self.dtype, name=f'conv_{i}')(x)
             x = nn.relu(nn.LayerNorm(dtype=self.dtype, name=f'norm_{i}')(x))
         x = Conv3x3(self.width, dtype=self.dtype, name='embedding')(x)
-        if pool > 1:
+        if halves:
             batch, height, width, channels = x.shape
             x = x.reshape(batch, height // 2, 2, width // 2, 2, channels)
             x = functools.reduce(jnp.maximum, (x[:, :, i, :, j] for i in (0, 1) for j in (0, 1)))
@@ -237,8 +237,9 @@ class VisionTransformer(nn.Module):
         None leaves attention out of the blocks.
       stem: 'patch' or 'conv'; both give h/patch_size × w/patch_size tokens.
       patch_size: pixels along one side of a token.
-      stem_channels: channels of the convolutions of the 'conv' stem.
-      stem_blocks: residual convolutions of the 'conv' stem on the grid of the tokens.
+      stem_channels: channels of the convolutions of the 'conv' stem; 'patch' has none.
+      stem_blocks: residual convolutions of the 'conv' stem on the grid of the tokens; 'patch' has
+        none.
       width, depth, num_heads, mlp_dim: C, number of blocks, H, hidden units of a block's MLP.
       position: 'learned' or 'sine' (2-D) embedding, added to the tokens.
       pooling: 'gap' (mean over tokens), 'cls' (one more, learned token), 'map' (`MapPool`).

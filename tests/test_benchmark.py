@@ -101,6 +101,18 @@ def test_blocks_do_not_change_the_count(monkeypatch, kernel):
     assert in_blocks < 0.7 * whole / len(query)
 
 
+def test_what_devices_repeat_counts_once():
+    """Catches a count that grows with the devices: one product is of the batch, one is not."""
+    weights, images = jnp.ones((4, 8, 8)), jnp.ones((4, 3, 8))
+
+    def step(weights, images):
+        return images @ weights, weights @ weights
+
+    one = flops.count(step, weights[:1], images.reshape(1, 12, 8))
+    assert one == pytest.approx(2 * (12 + 8) * 8 * 8, rel=0.01)
+    assert flops.count(step, weights, images) == one
+
+
 # The command line
 
 

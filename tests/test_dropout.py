@@ -7,6 +7,7 @@ import pytest
 from scipy import stats
 
 from performer_vit.dropout import Dropout, drop_mask
+from performer_vit.errors import BadInput
 
 KEY = jax.random.key(0)
 # Each statistical bound below holds for a right mask in all but one of 10⁹ draws.
@@ -81,3 +82,9 @@ def test_nothing_is_dropped_in_inference_or_at_rate_zero():
     x = jnp.ones((4, 4))
     np.testing.assert_array_equal(Dropout(0.5).apply({}, x, train=False), x)
     np.testing.assert_array_equal(Dropout(0.0).apply({}, x, train=True), x)
+
+
+@pytest.mark.parametrize('rate', [-0.1, 1.0, float('nan')])
+def test_what_is_no_rate_is_refused(rate):
+    with pytest.raises(BadInput, match=f'rate is {rate}; it is a probability'):
+        Dropout(rate)

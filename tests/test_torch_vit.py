@@ -11,9 +11,9 @@ import pytest
 from flax import jax_utils
 
 from performer_vit import (
-    attention_contenders,
     augment,
     benchmark,
+    cpu_backend,
     datasets,
     dropout,
     input_pipeline,
@@ -201,7 +201,7 @@ def test_no_average_is_kept_where_there_is_none(config):
     step = torch_vit.make_train_step(twin, None, config, 10)
     batch = torch_vit.make_batch(*make_batch())
     assert step(*batch).item() > step(*batch).item()
-    assert torch.get_num_threads() == attention_contenders.num_cores()
+    assert torch.get_num_threads() == cpu_backend.num_cores()
 
 
 # What is refused
