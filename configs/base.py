@@ -15,9 +15,9 @@ SIZES = {
     # For ten minutes on two CPU cores: what kernels and other choices are compared with.
     'small': {
         'num_epochs': 6,
-        'model.stem_channels': (32,),
-        'model.stem_blocks': 0,
+        'model.stem_channels': ((16, 32), (32,)),
         'model.width': 128,
+        'model.mlp_dim': 128,
     },
     # For two hours on two CPU cores.
     'large': {
@@ -29,7 +29,7 @@ SIZES = {
     'gpu': {
         'num_epochs': 300,
         'batch_size': 512,
-        'model.stem_channels': (128, 128),
+        'model.stem_channels': ((64, 128), (128,)),
         'model.stem_blocks': 2,
         'model.width': 384,
         'model.depth': 7,
@@ -102,8 +102,9 @@ def get_config(arguments: str = '') -> ConfigDict:
     config.model = ConfigDict()
     config.model.stem = 'conv'  # Or 'patch'.
     config.model.patch_size = 4  # Pixels along a token: 4, 2, 1 give 64, 256, 1,024 tokens.
-    config.model.stem_channels = (64, 64)  # Of the 'conv' stem.
-    config.model.stem_blocks = 1  # Residual convolutions of the 'conv' stem, on the tokens' grid.
+    # Of the 'conv' stem: its convolutions on the pixels' grid, and on the one half as fine.
+    config.model.stem_channels = ((32, 64), (64,))
+    config.model.stem_blocks = 1  # More of its convolutions, on the tokens' grid.
     config.model.width = 256
     config.model.depth = 2
     config.model.num_heads = 4

@@ -62,6 +62,16 @@ def sine_position_2d(height: int, width: int, channels: int) -> np.ndarray:
     return np.concatenate(parts, axis=1).astype(np.float32)
 
 
+def maximum_2x2(x: jax.Array) -> jax.Array:
+    """The largest of every 2×2 places: (B, h, w, c) → (B, h/2, w/2, c).
+
+    Of slices, because on CPUs the gradients of a windowed pooling and of a reduction are slower.
+    """
+    batch, height, width, channels = x.shape
+    x = x.reshape(batch, height // 2, 2, width // 2, 2, channels)
+    return functools.reduce(jnp.maximum, (x[:, :, i, :, j] for i in (0, 1) for j in (0, 1)))
+
+
 class PatchStem(nn.Module):
     """Non-overlapping patches, each projected to the width: (B, h, w, c) → (B, h/p, w/p, C)."""
 
@@ -78,36 +88,40 @@ class PatchStem(nn.Module):
 class ConvStem(nn.Module):
     """3×3 convolutions that shrink an image to the same grid as patches of `patch_size` would.
 
-    Space-to-depth, a convolution with LayerNorm and ReLU for each of `channels`, a convolution to
-    the width, a 2×2 maximum; on the grid of the tokens `blocks` residual convolutions may follow,
-    x + conv(ReLU(LayerNorm(x))) each. Space-to-depth and the maximum share the shrinking between
-    them: patch_size 4 is 2 and 2, patch_size 2 is 2 and none, patch_size 1 neither. The maximum is
-    taken of slices, because on CPUs the gradients of a windowed pooling and of a reduction are
-    slower; the norm needs no statistics over the batch, so training and inference compute the same
-    function.
+    `channels` lists the convolutions on each of its grids, the first of them that of the pixels;
+    one more, to the width, ends the last grid. Every grid ends with a 2×2 maximum, which halves it,
+    and `blocks` convolutions of the width follow on the grid of the tokens. The first convolution
+    sees the pixels, every other one conv(ReLU(LayerNorm(x))), added to x where the channels stay
+    the same: residual units before which to activate (He et al. 2016, "Identity Mappings in Deep
+    Residual Networks"), of one convolution each.
+
+    Where patch_size asks for less shrinking, the last grids are not halved; where it asks for more,
+    space-to-depth makes the difference before the first convolution. The norm needs no statistics
+    over the batch, so training and inference compute the same function.
     """
 
     patch_size: int
-    channels: tuple[int, ...]
+    channels: tuple[tuple[int, ...], ...]
     blocks: int
     width: int
     dtype: jnp.dtype
 
     @nn.compact
     def __call__(self, images: jax.Array) -> jax.Array:
-        halves = self.patch_size > 2
-        x = space_to_depth(images, self.patch_size // 2 if halves else self.patch_size)
-        for i, channels in enumerate(self.channels):
-            x = Conv3x3(channels, use_bias=False, dtype=self.dtype, name=f'conv_{i}')(x)
-            x = nn.relu(nn.LayerNorm(dtype=self.dtype, name=f'norm_{i}')(x))
-        x = Conv3x3(self.width, dtype=self.dtype, name='embedding')(x)
-        if halves:
-            batch, height, width, channels = x.shape
-            x = x.reshape(batch, height // 2, 2, width // 2, 2, channels)
-            x = functools.reduce(jnp.maximum, (x[:, :, i, :, j] for i in (0, 1) for j in (0, 1)))
-        for i in range(self.blocks):
-            y = nn.relu(nn.LayerNorm(dtype=self.dtype, name=f'block_norm_{i}')(x))
-            x = x + Conv3x3(self.width, dtype=self.dtype, name=f'block_conv_{i}')(y)
+        maxima = sum(self.patch_size % 2 ** (i + 1) == 0 for i in range(len(self.channels)))
+        x = space_to_depth(images, self.patch_size // 2**maxima)
+        *fine, last = self.channels
+        count = 0
+        for i, grid in enumerate([*fine, (*last, self.width), self.blocks * (self.width,)]):
+            for channels in grid:
+                y = x
+                if count:
+                    y = nn.relu(nn.LayerNorm(dtype=self.dtype, name=f'norm_{count}')(x))
+                y = Conv3x3(channels, dtype=self.dtype, name=f'conv_{count}')(y)
+                x = x + y if count and x.shape == y.shape else y
+                count += 1
+            if i < maxima:
+                x = maximum_2x2(x)
         return x
 
 
@@ -237,7 +251,8 @@ class VisionTransformer(nn.Module):
         None leaves attention out of the blocks.
       stem: 'patch' or 'conv'; both give h/patch_size × w/patch_size tokens.
       patch_size: pixels along one side of a token.
-      stem_channels: channels of the convolutions of the 'conv' stem; 'patch' has none.
+      stem_channels: of the 'conv' stem, the channels of the convolutions on each grid, from the
+        pixels' on; see `ConvStem`. 'patch' has none.
       stem_blocks: residual convolutions of the 'conv' stem on the grid of the tokens; 'patch' has
         none.
       width, depth, num_heads, mlp_dim: C, number of blocks, H, hidden units of a block's MLP.
@@ -258,7 +273,7 @@ class VisionTransformer(nn.Module):
     attention: Callable[..., nn.Module] | None
     stem: str = 'conv'
     patch_size: int = 4
-    stem_channels: tuple[int, ...] = (32, 64)
+    stem_channels: tuple[tuple[int, ...], ...] = ((16, 32), (32,))
     stem_blocks: int = 0
     width: int = 128
     depth: int = 2
@@ -361,16 +376,19 @@ class VisionTransformer(nn.Module):
                 f'images of {shape[1]}×{shape[2]} pixels are not divisible by model.patch_size '
                 f'{self.patch_size}: choose a patch size that divides both sides.'
             )
-        if self.stem == 'conv' and self.patch_size > 2 and self.patch_size % 2:
-            raise BadInput(
-                f"stem 'conv' halves the grid, so model.patch_size {self.patch_size} must be 1, 2 "
-                "or an even number; stem 'patch' takes any."
-            )
-        if self.stem == 'conv' and (not self.stem_channels or min(self.stem_channels) < 1):
-            raise BadInput(
-                f"stem 'conv' needs model.stem_channels, one or more positive numbers such as "
-                f'(32, 64); given was {tuple(self.stem_channels)}.'
-            )
+        if self.stem == 'conv':
+            grids = self.stem_channels
+            if not grids or not all(isinstance(grid, tuple) and grid for grid in grids):
+                raise self._bad_channels()
+            if any(not isinstance(c, int) or c < 1 for grid in grids for c in grid):
+                raise self._bad_channels()
+
+    def _bad_channels(self) -> BadInput:
+        return BadInput(
+            f"model.stem_channels is {self.stem_channels}; stem 'conv' needs the channels of one "
+            'or more convolutions on each of one or more grids: set it to a tuple of tuples of '
+            'positive integers such as ((16, 32), (32,)).'
+        )
 
 
 # What a config may name in the place of a kernel, to measure what attention adds.
@@ -393,7 +411,9 @@ def from_config(model, num_classes: int, seed: int) -> VisionTransformer:
     dtype = jnp.dtype(fields.pop('dtype'))
     attention = dict(fields.pop('attention'))
     attention.pop('redraw_every')  # When to redraw is the training loop's to decide.
-    fields['stem_channels'] = tuple(fields['stem_channels'])
+    fields['stem_channels'] = tuple(
+        tuple(grid) if isinstance(grid, (tuple, list)) else grid for grid in fields['stem_channels']
+    )
     kernel = attention['kernel']
     choose('model.attention.kernel', kernel, (*KERNELS, *NO_ATTENTION))
     if kernel in NO_ATTENTION:

@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from performer_vit.datasets import DATASETS
 from performer_vit.errors import BadInput
 
 HISTORY_COLUMNS = (
@@ -111,7 +112,8 @@ def run_name(config_path: str, arguments: str, overrides: Mapping[str, object]) 
 
     The data set is left out: `default_workdir` names the one that was really read.
     """
-    words = [word for word in arguments.split(',') if word in ('study',)]
+    words = [word.strip() for word in arguments.split(',')]
+    words = [word for word in words if word and word not in DATASETS]
     changes = [
         f'{field}={value}'
         for field, value in sorted(overrides.items())

@@ -18,7 +18,7 @@ ATTENTION = functools.partial(favor.FavorAttention, kernel='relu', num_features=
 def small(**fields) -> vit.VisionTransformer:
     defaults = {
         'num_classes': 10, 'attention': ATTENTION, 'stem': 'patch', 'patch_size': 8, 'width': 16,
-        'depth': 2, 'num_heads': 2, 'mlp_dim': 32, 'stem_channels': (4, 8),
+        'depth': 2, 'num_heads': 2, 'mlp_dim': 32, 'stem_channels': ((4, 8), (8,)),
     }  # fmt: skip
     return vit.VisionTransformer(**{**defaults, **fields})
 
@@ -186,7 +186,10 @@ def test_stochastic_depth_drops_whole_images_and_keeps_the_mean():
         ({'position': 'rope'}, r"model.position is 'rope'; allowed are 'learned', 'sine'"),
         ({'num_heads': 3}, r'model.width 16 is not divisible by model.num_heads 3'),
         ({'patch_size': 5}, r'32×32 pixels are not divisible by model.patch_size 5'),
-        ({'stem': 'conv', 'stem_channels': ()}, r'needs model.stem_channels'),
+        ({'stem': 'conv', 'stem_channels': ()}, r'model.stem_channels is \(\)'),
+        ({'stem': 'conv', 'stem_channels': (4, 8)}, r'stem_channels is \(4, 8\).*tuple of tuples'),
+        ({'stem': 'conv', 'stem_channels': ((), (4,))}, r'model.stem_channels is \(\(\), \(4,\)\)'),
+        ({'stem': 'conv', 'stem_channels': ((4, 0),)}, r'model.stem_channels is \(\(4, 0\),\)'),
         ({'depth': 0}, r'model.depth is 0; set it to 1 or more'),
         ({'dropout_rate': 1.0}, r'model.dropout_rate is 1.0'),
         ({'position': 'sine', 'width': 18}, r'divisible by 4, but width is 18'),
@@ -265,22 +268,32 @@ def test_an_unknown_kernel_of_a_config_is_refused_with_all_names():
         vit.from_config(config_of(kernel='max'), 10, seed=0)
 
 
-def test_conv_stem_by_hand():
+# The convolutions in order: channels, whether the input is added, whether a maximum follows.
+@pytest.mark.parametrize(
+    'patch_size, channels, block, convolutions',
+    [
+        (4, ((3, 6, 6), (6,)), 1, '3 6 6+max 6+ 16max 16+ 16+'),
+        (4, ((6, 4),), 2, '6 4 16max 16+ 16+'),
+        (2, ((6,), (16,)), 1, '6max 16 16+ 16+ 16+'),
+        (3, ((6,),), 3, '6 16 16+ 16+'),
+    ],
+)
+def test_conv_stem_by_hand(patch_size, channels, block, convolutions):
     """NumPy and one plain convolution, in the order of the docstring.
 
     Catches a maximum or a norm in another place, pixels that space-to-depth mixes up, and a
-    residual block that forgets its input.
+    convolution that forgets its input, or adds the pixels.
     """
-    stem = vit.ConvStem(4, (6, 4), 2, 16, jnp.float32)
-    params = randomised(stem.init(jax.random.key(0), IMAGES))['params']
+    pixels = IMAGES[:, :24, :24]
+    stem = vit.ConvStem(patch_size, channels, 2, 16, jnp.float32)
+    params = randomised(stem.init(jax.random.key(0), pixels))['params']
 
     def conv(x, name):
         window = np.lib.stride_tricks.sliding_window_view(
             np.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0))), (3, 3), axis=(1, 2)
         )
-        weights = params[name]
-        y = np.einsum('bhwcij,ijcd->bhwd', window, np.asarray(weights['kernel'], np.float64))
-        return y + np.asarray(weights.get('bias', 0.0))
+        kernel, bias = (np.asarray(params[name][part], np.float64) for part in ('kernel', 'bias'))
+        return np.einsum('bhwcij,ijcd->bhwd', window, kernel) + bias
 
     def relu_of_norm(x, name):
         centred = x - x.mean(-1, keepdims=True)
@@ -288,16 +301,17 @@ def test_conv_stem_by_hand():
         scale, bias = (np.asarray(params[name][part]) for part in ('scale', 'bias'))
         return np.maximum(y * scale + bias, 0)
 
-    images = np.asarray(IMAGES, np.float64)
-    corners = [images[:, i::2, j::2] for i in (0, 1) for j in (0, 1)]
-    x = np.concatenate(corners, axis=-1)
-    for i in range(2):
-        x = relu_of_norm(conv(x, f'conv_{i}'), f'norm_{i}')
-    x = conv(x, 'embedding')
-    x = np.max([x[:, i::2, j::2] for i in (0, 1) for j in (0, 1)], axis=0)
-    for i in range(2):
-        x = x + conv(relu_of_norm(x, f'block_norm_{i}'), f'block_conv_{i}')
-    np.testing.assert_allclose(stem.apply({'params': params}, IMAGES), x, rtol=1e-3, atol=1e-3)
+    def corners(x, block):
+        return [x[:, i::block, j::block] for i in range(block) for j in range(block)]
+
+    x = np.concatenate(corners(np.asarray(pixels, np.float64), block), axis=-1)
+    for i, words in enumerate(convolutions.split()):
+        y = conv(relu_of_norm(x, f'norm_{i}') if i else x, f'conv_{i}')
+        assert y.shape[-1] == int(words.strip('+max'))
+        x = x + y if '+' in words else y
+        x = np.max(corners(x, 2), axis=0) if 'max' in words else x
+    got = stem.apply({'params': params}, pixels)
+    np.testing.assert_allclose(got, x, rtol=1e-3, atol=1e-3 * np.abs(x).max())
 
 
 def test_a_negative_number_of_residual_convolutions_is_refused():

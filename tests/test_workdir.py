@@ -9,7 +9,11 @@ ROW = {
     'dataset': 'digits', 'epoch': 1, 'step': 9, 'train_loss': 0.1 + 0.2, 'train_accuracy': 0.5,
     'validation_loss': None, 'validation_accuracy': None, 'learning_rate': 1e-3, 'seconds': 2.0,
 }  # fmt: skip
-CONFIG = {'seed': 0, 'model': {'width': 16, 'stem_channels': (32, 64)}, 'dataset': {'data_dir': ''}}
+CONFIG = {
+    'seed': 0,
+    'model': {'width': 16, 'stem_channels': ((32,), (64,))},
+    'dataset': {'data_dir': ''},
+}
 
 
 def test_history_comes_back_as_it_was(tmp_path):
@@ -40,7 +44,7 @@ def test_another_place_of_the_data_is_no_other_run(tmp_path):
 def test_another_config_is_refused_with_the_difference(tmp_path):
     """Catches a run that goes on from the checkpoints of another one."""
     workdir.claim(tmp_path, CONFIG, 'digits')
-    other = {**CONFIG, 'model': {'width': 32, 'stem_channels': (32, 64)}}
+    other = {**CONFIG, 'model': {'width': 32, 'stem_channels': ((32,), (64,))}}
     with pytest.raises(BadInput, match=r'model.width: 16 there, 32 here(?s:.*)--workdir'):
         workdir.claim(tmp_path, other, 'digits')
     with pytest.raises(BadInput, match=r"dataset_read: 'digits' there, 'cifar10' here"):
@@ -66,7 +70,10 @@ def test_broken_files_are_named(tmp_path):
 
 
 def test_run_names_are_readable_and_safe():
-    changes = {'num_epochs': 3, 'dataset.data_dir': '/secret', 'model.stem_channels': (8, 16)}
+    changes = {'num_epochs': 3, 'dataset.data_dir': '/secret', 'model.stem_channels': ((8,), (16,))}
     name = workdir.run_name('configs/performer_relu.py', 'cifar10,study', changes)
-    assert name == 'performer_relu-study-model.stem_channels=_8,_16_-num_epochs=3'
+    assert name == 'performer_relu-study-model.stem_channels=__8,_,__16,__-num_epochs=3'
+    # Two sizes must not meet in one directory.
+    assert workdir.run_name('configs/vit.py', ' small, cifar10', {}) == 'vit-small'
+    assert workdir.run_name('configs/vit.py', '', {}) == 'vit'
     assert str(workdir.default_workdir('vit', 'digits')) == 'runs/digits/vit'
