@@ -105,6 +105,7 @@ def get_config(arguments: str = '') -> ConfigDict:
     # Of the 'conv' stem: its convolutions on the pixels' grid, and on the one half as fine.
     config.model.stem_channels = ((32, 64), (64,))
     config.model.stem_blocks = 1  # More of its convolutions, on the tokens' grid.
+    config.model.stem_norm = 'batch'  # Or 'layer'.
     config.model.width = 256
     config.model.depth = 2
     config.model.num_heads = 4

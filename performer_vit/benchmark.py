@@ -217,7 +217,7 @@ def inference(config, rounds: int) -> dict:
     )
     batch = next(input_pipeline.eval_batches(split, batch_size=config.batch_size))
     forward = predict.make_forward(training.model, dataset)
-    arguments = (state.evaluated_params, state.projections, batch['image'])
+    arguments = (state.evaluated, batch['image'])
     operations = flops.count(forward, *arguments)
     compiled = jax.pmap(forward, axis_name='batch').lower(*arguments).compile()
     jax.block_until_ready(compiled(*arguments))

@@ -24,6 +24,7 @@ class TrainState:
       step: () int32, steps done.
       params: the trained weights, float32.
       projections: FAVOR+'s random matrices (`favor.FavorAttention`), {} where there are none.
+      batch_stats: moving averages of BatchNorm's statistics, {} where there are none.
       opt_state: of the Optax chain.
       ema_params: moving average of `params`, or None.
       epoch_sums: of the epoch in progress: `loss` and `accuracy`, () float32 sums over its steps.
@@ -33,6 +34,7 @@ class TrainState:
     step: jax.Array
     params: Any
     projections: Any
+    batch_stats: Any
     opt_state: optax.OptState
     ema_params: Any
     epoch_sums: dict[str, jax.Array]
@@ -42,6 +44,15 @@ class TrainState:
     def evaluated_params(self) -> Any:
         """The weights that evaluation uses: the moving average where one is kept."""
         return self.params if self.ema_params is None else self.ema_params
+
+    @property
+    def evaluated(self) -> dict[str, Any]:
+        """The variables that evaluation applies the model to."""
+        return {
+            'params': self.evaluated_params,
+            'projections': self.projections,
+            'batch_stats': self.batch_stats,
+        }
 
 
 def create_state(
@@ -55,6 +66,7 @@ def create_state(
         step=jnp.zeros((), jnp.int32),
         params=params,
         projections=variables.get('projections', {}),
+        batch_stats=variables.get('batch_stats', {}),
         opt_state=tx.init(params),
         # A copy: the step donates its buffers, and one buffer cannot be given away twice.
         ema_params=jax.tree.map(jnp.copy, params) if ema else None,

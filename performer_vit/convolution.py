@@ -93,17 +93,13 @@ def _by_blocks(images: jax.Array, gradient: jax.Array, block_places: int) -> jax
 
 
 class Conv3x3(nn.Module):
-    """Flax's `nn.Conv(features, (3, 3))`, with its names and first weights, by `convolve`."""
+    """`nn.Conv(features, (3, 3), use_bias=False)` of Flax, with its weights, by `convolve`."""
 
     features: int
-    use_bias: bool = True
     dtype: jnp.dtype = jnp.float32
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         shape = (3, 3, x.shape[-1], self.features)
         weights = self.param('kernel', nn.initializers.lecun_normal(), shape)
-        x = convolve(x.astype(self.dtype), weights.astype(self.dtype))
-        if self.use_bias:
-            x = x + self.param('bias', nn.initializers.zeros, (self.features,)).astype(self.dtype)
-        return x
+        return convolve(x.astype(self.dtype), weights.astype(self.dtype))

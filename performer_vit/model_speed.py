@@ -323,9 +323,9 @@ def _functions(config, length: int, contender: str) -> dict[str, tuple[Callable,
     )
     step = train.make_train_step(model, tx, schedule, config, dataset, _STEPS_PER_EPOCH)
     # Copies, because the training step takes its state's buffers for the next one.
-    weights = jax.tree.map(jnp.copy, (state.evaluated_params, state.projections))
+    variables = jax.tree.map(jnp.copy, state.evaluated)
     forward = predict.make_forward(model, dataset)
-    return {'training': (step, (state, batch)), 'inference': (forward, (*weights, batch['image']))}
+    return {'training': (step, (state, batch)), 'inference': (forward, (variables, batch['image']))}
 
 
 def _random_images(length: int) -> Dataset:

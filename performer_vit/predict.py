@@ -13,14 +13,14 @@ from performer_vit.datasets import Dataset, Split
 
 
 def make_forward(model, dataset: Dataset) -> Callable:
-    """(params, projections, images (B, h, w, c) uint8) → natural log-probabilities (B, K) float32.
+    """(variables, images (B, h, w, c) uint8) → natural log-probabilities (B, K) float32.
 
     Images are normalised with the statistics of the training part; nothing is random.
     """
 
-    def forward(params, projections, images):
+    def forward(variables, images):
         images = augment.normalize(images, dataset.mean, dataset.std)
-        logits = model.apply({'params': params, 'projections': projections}, images, train=False)
+        logits = model.apply(variables, images, train=False)
         return jax.nn.log_softmax(logits)
 
     return forward
@@ -44,13 +44,13 @@ def compile_forward(
     split = Split(dataset.train.images[:1], dataset.train.labels[:1])
     image = next(input_pipeline.eval_batches(split, batch_size=batch_size))['image']
     forward = jax.pmap(make_forward(model, dataset), axis_name='batch')
-    compiled = forward.lower(state.evaluated_params, state.projections, image).compile()
+    compiled = forward.lower(state.evaluated, image).compile()
     return functools.partial(_predict, compiled, batch_size)
 
 
 def _predict(compiled: Callable, batch_size: int, state: TrainState, split: Split) -> np.ndarray:
     outputs = [
-        compiled(state.evaluated_params, state.projections, batch['image'])
+        compiled(state.evaluated, batch['image'])
         for batch in input_pipeline.eval_batches(split, batch_size=batch_size)
     ]
     # The batches are contiguous and cut into consecutive runs over the devices, so their order is

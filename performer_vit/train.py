@@ -96,15 +96,17 @@ def make_train_step(
     """
     attention = config.model.attention
 
-    def loss_fn(params, projections, images, targets, key):
-        logits = model.apply(
-            {'params': params, 'projections': projections},
+    def loss_fn(params, projections, batch_stats, images, targets, key):
+        logits, updated = model.apply(
+            {'params': params, 'projections': projections, 'batch_stats': batch_stats},
             images,
             train=True,
             rngs={'dropout': key},
+            mutable=['batch_stats'],
         )
         loss = optax.softmax_cross_entropy(logits, targets).mean()
-        return loss, (logits.argmax(-1) == targets.argmax(-1)).mean()
+        accuracy = (logits.argmax(-1) == targets.argmax(-1)).mean()
+        return loss, (accuracy, updated.get('batch_stats', {}))
 
     def train_step(state: TrainState, batch: dict) -> tuple[TrainState, dict]:
         key = jax.random.fold_in(jax.random.key(config.seed), state.step)
@@ -139,8 +141,8 @@ def make_train_step(
             )
 
         value_and_grad = jax.value_and_grad(loss_fn, has_aux=True)
-        (loss, accuracy), gradient = value_and_grad(
-            state.params, projections, images, targets, dropout_key
+        (loss, (accuracy, batch_stats)), gradient = value_and_grad(
+            state.params, projections, state.batch_stats, images, targets, dropout_key
         )
         loss, accuracy, gradient = jax.lax.pmean((loss, accuracy, gradient), 'batch')
         grad_norm = optax.global_norm(gradient)
@@ -161,6 +163,7 @@ def make_train_step(
             step=state.step + 1,
             params=params,
             projections=projections,
+            batch_stats=batch_stats,
             opt_state=opt_state,
             ema_params=_moving_average(state, params, config.ema_decay),
             epoch_sums=epoch_sums,
@@ -273,7 +276,7 @@ def prepare(config, dataset: datasets.Dataset) -> Training:
     steps_per_epoch = input_pipeline.steps_per_epoch(num_images, config.batch_size)
     schedule = optimizers.learning_rate(config.optimizer, steps_per_epoch, config.num_epochs)
     tx = optimizers.create(config.optimizer, schedule)
-    model = vit.from_config(config.model, dataset.num_classes, config.seed)
+    model = vit.from_config(config.model, dataset.num_classes, config.seed, axis_name='batch')
     state = checkpoints.create_state(
         model, tx, dataset.image_shape, config.seed, ema=config.ema_decay > 0
     )

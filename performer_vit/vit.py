@@ -23,6 +23,7 @@ from performer_vit.errors import BadInput, choose
 from performer_vit.favor import KERNELS, FavorAttention
 
 STEMS = ('patch', 'conv')
+STEM_NORMS = ('batch', 'layer')
 POSITIONS = ('learned', 'sine')
 POOLINGS = ('gap', 'cls', 'map')
 DTYPES = ('float32', 'bfloat16')
@@ -91,23 +92,38 @@ class ConvStem(nn.Module):
     `channels` lists the convolutions on each of its grids, the first of them that of the pixels;
     one more, to the width, ends the last grid. Every grid ends with a 2×2 maximum, which halves it,
     and `blocks` convolutions of the width follow on the grid of the tokens. The first convolution
-    sees the pixels, every other one conv(ReLU(LayerNorm(x))), added to x where the channels stay
-    the same: residual units before which to activate (He et al. 2016, "Identity Mappings in Deep
-    Residual Networks"), of one convolution each.
+    sees the pixels, every other one is conv(ReLU(norm(x))), added to x where the channels stay the
+    same: the residual units of He et al. 2016, "Identity Mappings in Deep Residual Networks", of
+    one convolution each. There are no biases: the norms and the position embedding have them.
 
     Where patch_size asks for less shrinking, the last grids are not halved; where it asks for more,
-    space-to-depth makes the difference before the first convolution. The norm needs no statistics
-    over the batch, so training and inference compute the same function.
+    space-to-depth makes the difference before the first convolution.
+
+    norm 'layer' is LayerNorm, the same in training and in evaluation. norm 'batch' is BatchNorm
+    (Ioffe & Szegedy 2015): in training with the statistics of the batch, of all devices where
+    `axis_name` names the axis that they are mapped over, in evaluation with their moving averages,
+    m ← 0.9·m + 0.1·new, which are the collection `batch_stats`.
     """
 
     patch_size: int
     channels: tuple[tuple[int, ...], ...]
     blocks: int
     width: int
+    norm: str
+    axis_name: str | None
     dtype: jnp.dtype
 
     @nn.compact
-    def __call__(self, images: jax.Array) -> jax.Array:
+    def __call__(self, images: jax.Array, *, train: bool) -> jax.Array:
+        norm = functools.partial(nn.LayerNorm, dtype=self.dtype)
+        if self.norm == 'batch':
+            norm = functools.partial(
+                nn.BatchNorm,
+                use_running_average=not train,
+                momentum=0.9,
+                axis_name=self.axis_name,
+                dtype=self.dtype,
+            )
         maxima = sum(self.patch_size % 2 ** (i + 1) == 0 for i in range(len(self.channels)))
         x = space_to_depth(images, self.patch_size // 2**maxima)
         *fine, last = self.channels
@@ -116,7 +132,7 @@ class ConvStem(nn.Module):
             for channels in grid:
                 y = x
                 if count:
-                    y = nn.relu(nn.LayerNorm(dtype=self.dtype, name=f'norm_{count}')(x))
+                    y = nn.relu(norm(name=f'norm_{count}')(x))
                 y = Conv3x3(channels, dtype=self.dtype, name=f'conv_{count}')(y)
                 x = x + y if count and x.shape == y.shape else y
                 count += 1
@@ -255,18 +271,22 @@ class VisionTransformer(nn.Module):
         pixels' on; see `ConvStem`. 'patch' has none.
       stem_blocks: residual convolutions of the 'conv' stem on the grid of the tokens; 'patch' has
         none.
+      stem_norm: 'batch' or 'layer', of the 'conv' stem; 'patch' has none.
       width, depth, num_heads, mlp_dim: C, number of blocks, H, hidden units of a block's MLP.
       position: 'learned' or 'sine' (2-D) embedding, added to the tokens.
       pooling: 'gap' (mean over tokens), 'cls' (one more, learned token), 'map' (`MapPool`).
       dropout_rate: after the position embedding, and in every block.
       drop_path_rate: stochastic depth of the last block; it grows linearly from 0 at the first.
       dtype: of the computation, float32 or bfloat16; parameters are float32 always.
+      axis_name: the axis that training is mapped over (`jax.pmap`), if any: stem_norm 'batch' has
+        the statistics of all its devices.
 
     Intermediates by name, with `apply(…, mutable=['intermediates'])`: `grid` (B, h/p, w/p, C),
     `block_0` … (B, N, C), `encoded` (B, N, C), `pooled` (B, C), and every block's
     `self_attention/attention/attention_map` (B, H, N, N).
 
-    With `train=True`, a `dropout` key is needed where a rate is above 0.
+    With `train=True`, a `dropout` key is needed where a rate is above 0, and stem_norm 'batch'
+    needs `mutable=['batch_stats']`.
     """
 
     num_classes: int
@@ -275,6 +295,7 @@ class VisionTransformer(nn.Module):
     patch_size: int = 4
     stem_channels: tuple[tuple[int, ...], ...] = ((16, 32), (32,))
     stem_blocks: int = 0
+    stem_norm: str = 'batch'
     width: int = 128
     depth: int = 2
     num_heads: int = 4
@@ -284,23 +305,25 @@ class VisionTransformer(nn.Module):
     dropout_rate: float = 0.0
     drop_path_rate: float = 0.0
     dtype: jnp.dtype = jnp.float32
+    axis_name: str | None = None
 
     @nn.compact
     def __call__(self, images: jax.Array, *, train: bool = False) -> jax.Array:
         self._check(images.shape)
         images = images.astype(self.dtype)
         if self.stem == 'patch':
-            stem = PatchStem(self.patch_size, self.width, self.dtype, name='stem')
+            grid = PatchStem(self.patch_size, self.width, self.dtype, name='stem')(images)
         else:
-            stem = ConvStem(
+            grid = ConvStem(
                 self.patch_size,
                 self.stem_channels,
                 self.stem_blocks,
                 self.width,
+                self.stem_norm,
+                self.axis_name,
                 self.dtype,
                 name='stem',
-            )
-        grid = stem(images)
+            )(images, train=train)
         self.sow('intermediates', 'grid', grid)
         batch, height, width, _ = grid.shape
         x = grid.reshape(batch, height * width, self.width)
@@ -349,6 +372,7 @@ class VisionTransformer(nn.Module):
 
     def _check(self, shape: tuple[int, ...]) -> None:
         choose('model.stem', self.stem, STEMS)
+        choose('model.stem_norm', self.stem_norm, STEM_NORMS)
         choose('model.position', self.position, POSITIONS)
         choose('model.pooling', self.pooling, POOLINGS)
         for name in ('patch_size', 'width', 'depth', 'num_heads', 'mlp_dim', 'num_classes'):
@@ -395,7 +419,9 @@ class VisionTransformer(nn.Module):
 NO_ATTENTION = {'mean': MeanAttention, 'none': None}
 
 
-def from_config(model, num_classes: int, seed: int) -> VisionTransformer:
+def from_config(
+    model, num_classes: int, seed: int, axis_name: str | None = None
+) -> VisionTransformer:
     """The model that a config's `model` section describes (see `configs/base.py`).
 
     Args:
@@ -405,6 +431,7 @@ def from_config(model, num_classes: int, seed: int) -> VisionTransformer:
         'none' leaves the branch out.
       num_classes: number of classes, K.
       seed: of the random projections.
+      axis_name: see `VisionTransformer`.
     """
     fields = dict(model)
     choose('model.dtype', fields['dtype'], DTYPES)
@@ -424,6 +451,7 @@ def from_config(model, num_classes: int, seed: int) -> VisionTransformer:
         num_classes=num_classes,
         attention=build,
         dtype=dtype,
+        axis_name=axis_name,
         **fields,
     )
 

@@ -19,6 +19,7 @@ from performer_vit import (
     input_pipeline,
     optimizers,
     train,
+    vit,
     workdir,
 )
 from performer_vit.errors import BadInput
@@ -74,19 +75,26 @@ def test_overfits_32_images(tiny_config):
 
 
 @pytest.mark.parametrize('changes', [{}, EVERYTHING])
-def test_four_devices_equal_one(tiny_config, changes):
-    """Catches gradients that are summed instead of averaged, and augmentation, order or
-    projections that depend on the number of devices. Differences are those of rounding."""
+@pytest.mark.parametrize('stem', vit.STEMS)
+def test_four_devices_equal_one(tiny_config, stem, changes):
+    """Catches gradients that are summed instead of averaged, and augmentation, order, projections
+    or BatchNorm's statistics that depend on the number of devices. Differences are those of
+    rounding."""
     tiny_config.augment.update(changes)
+    tiny_config.model.update(stem=stem, stem_channels=((4,), (8,)), stem_blocks=1)
     tiny_config.optimizer.warmup_epochs = 0.0
     tiny_config.model.attention.redraw_every = 2
     (start, *_, one), metrics_one = train_for(tiny_config, digits(), 4, num_devices=1)
     (*_, four), metrics_four = train_for(tiny_config, digits(), 4, num_devices=4)
     for a, b in zip(metrics_one, metrics_four, strict=True):
         assert a == pytest.approx(b, rel=1e-4)
-    jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=2e-5), one.params, four.params
-    )
+    for part in ('params', 'batch_stats'):
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=2e-5),
+            getattr(one, part),
+            getattr(four, part),
+        )
+    assert bool(one.batch_stats) == (stem == 'conv')
     moved = jax.tree.map(lambda a, b: float(np.abs(a - b).max()), one.params, start.params)
     assert max(jax.tree.leaves(moved)) > 1e-3  # Else the comparison above says nothing.
 

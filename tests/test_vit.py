@@ -38,7 +38,7 @@ def test_both_stems_give_a_real_token_grid(stem, patch_size, tokens):
     model = small(stem=stem, patch_size=patch_size, depth=1)
     shapes = jax.eval_shape(
         lambda: model.init_with_output(
-            jax.random.key(0), IMAGES, mutable=['params', 'projections', 'intermediates']
+            jax.random.key(0), IMAGES, mutable=True
         )
     )
     logits, variables = shapes
@@ -186,6 +186,7 @@ def test_stochastic_depth_drops_whole_images_and_keeps_the_mean():
         ({'position': 'rope'}, r"model.position is 'rope'; allowed are 'learned', 'sine'"),
         ({'num_heads': 3}, r'model.width 16 is not divisible by model.num_heads 3'),
         ({'patch_size': 5}, r'32×32 pixels are not divisible by model.patch_size 5'),
+        ({'stem_norm': 'group'}, r"model.stem_norm is 'group'; allowed are 'batch', 'layer'"),
         ({'stem': 'conv', 'stem_channels': ()}, r'model.stem_channels is \(\)'),
         ({'stem': 'conv', 'stem_channels': (4, 8)}, r'stem_channels is \(4, 8\).*tuple of tuples'),
         ({'stem': 'conv', 'stem_channels': ((), (4,))}, r'model.stem_channels is \(\(\), \(4,\)\)'),
@@ -269,6 +270,7 @@ def test_an_unknown_kernel_of_a_config_is_refused_with_all_names():
 
 
 # The convolutions in order: channels, whether the input is added, whether a maximum follows.
+@pytest.mark.parametrize('norm', vit.STEM_NORMS)
 @pytest.mark.parametrize(
     'patch_size, channels, block, convolutions',
     [
@@ -278,40 +280,62 @@ def test_an_unknown_kernel_of_a_config_is_refused_with_all_names():
         (3, ((6,),), 3, '6 16 16+ 16+'),
     ],
 )
-def test_conv_stem_by_hand(patch_size, channels, block, convolutions):
+def test_conv_stem_by_hand(norm, patch_size, channels, block, convolutions):
     """NumPy and one plain convolution, in the order of the docstring.
 
     Catches a maximum or a norm in another place, pixels that space-to-depth mixes up, and a
     convolution that forgets its input, or adds the pixels.
     """
     pixels = IMAGES[:, :24, :24]
-    stem = vit.ConvStem(patch_size, channels, 2, 16, jnp.float32)
-    params = randomised(stem.init(jax.random.key(0), pixels))['params']
+    stem = vit.ConvStem(patch_size, channels, 2, 16, norm, None, jnp.float32)
+    variables = randomised(stem.init(jax.random.key(0), pixels, train=False))
+    params = variables['params']
+    stats = jax.tree.map(lambda x: x + 0.5, variables.get('batch_stats', {}))
 
     def conv(x, name):
         window = np.lib.stride_tricks.sliding_window_view(
             np.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0))), (3, 3), axis=(1, 2)
         )
-        kernel, bias = (np.asarray(params[name][part], np.float64) for part in ('kernel', 'bias'))
-        return np.einsum('bhwcij,ijcd->bhwd', window, kernel) + bias
+        return np.einsum(
+            'bhwcij,ijcd->bhwd', window, np.asarray(params[name]['kernel'], np.float64)
+        )
 
-    def relu_of_norm(x, name):
-        centred = x - x.mean(-1, keepdims=True)
-        y = centred / np.sqrt((centred**2).mean(-1, keepdims=True) + 1e-6)
+    def relu_of_norm(x, name, train):
+        if norm == 'layer':
+            mean, variance = x.mean(-1, keepdims=True), x.var(-1, keepdims=True)
+        elif train:
+            mean, variance = x.mean((0, 1, 2)), x.var((0, 1, 2))
+            expected_stats[name] = {'mean': mean, 'var': variance}
+        else:
+            mean, variance = (np.asarray(stats[name][part]) for part in ('mean', 'var'))
+        y = (x - mean) / np.sqrt(variance + {'layer': 1e-6, 'batch': 1e-5}[norm])
         scale, bias = (np.asarray(params[name][part]) for part in ('scale', 'bias'))
         return np.maximum(y * scale + bias, 0)
 
     def corners(x, block):
         return [x[:, i::block, j::block] for i in range(block) for j in range(block)]
 
-    x = np.concatenate(corners(np.asarray(pixels, np.float64), block), axis=-1)
-    for i, words in enumerate(convolutions.split()):
-        y = conv(relu_of_norm(x, f'norm_{i}') if i else x, f'conv_{i}')
-        assert y.shape[-1] == int(words.strip('+max'))
-        x = x + y if '+' in words else y
-        x = np.max(corners(x, 2), axis=0) if 'max' in words else x
-    got = stem.apply({'params': params}, pixels)
-    np.testing.assert_allclose(got, x, rtol=1e-3, atol=1e-3 * np.abs(x).max())
+    for train in (False, True):
+        expected_stats = {}
+        x = np.concatenate(corners(np.asarray(pixels, np.float64), block), axis=-1)
+        for i, words in enumerate(convolutions.split()):
+            y = conv(relu_of_norm(x, f'norm_{i}', train) if i else x, f'conv_{i}')
+            assert y.shape[-1] == int(words.strip('+max'))
+            x = x + y if '+' in words else y
+            x = np.max(corners(x, 2), axis=0) if 'max' in words else x
+        found, updated = stem.apply(
+            {'params': params, 'batch_stats': stats}, pixels, train=train, mutable=['batch_stats']
+        )
+        np.testing.assert_allclose(found, x, rtol=1e-3, atol=1e-3 * np.abs(x).max())
+        if norm == 'batch' and train:
+            expected = jax.tree.map(lambda old, new: 0.9 * old + 0.1 * new, stats, expected_stats)
+            jax.tree.map(
+                functools.partial(np.testing.assert_allclose, rtol=1e-3, atol=1e-3),
+                updated['batch_stats'],
+                expected,
+            )
+        else:
+            jax.tree.map(np.testing.assert_array_equal, updated.get('batch_stats', {}), stats)
 
 
 def test_a_negative_number_of_residual_convolutions_is_refused():
