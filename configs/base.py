@@ -16,6 +16,7 @@ SIZES = {
     'small': {
         'num_epochs': 6,
         'model.stem_channels': ((16, 32), (32,)),
+        'model.stem_blocks': 0,
         'model.width': 128,
         'model.mlp_dim': 128,
     },
@@ -77,7 +78,7 @@ def get_config(arguments: str = '') -> ConfigDict:
 
     config = ConfigDict()
     config.seed = 0  # Of the weights, the projections, the order of images, and augmentation.
-    config.num_epochs = 10
+    config.num_epochs = 9
     config.batch_size = 128  # Over all devices.
 
     config.dataset = ConfigDict()
