@@ -137,7 +137,7 @@ def get_config(arguments: str = '') -> ConfigDict:
 
     config.optimizer = ConfigDict()
     config.optimizer.name = 'muon'  # Or 'adamw', 'adam', 'sgd'.
-    config.optimizer.learning_rate = 4e-3  # The highest that the schedule reaches.
+    config.optimizer.learning_rate = 6e-3  # The highest that the schedule reaches.
     config.optimizer.schedule = 'linear'  # Or 'cosine', 'step'.
     config.optimizer.warmup_epochs = 0.5
     config.optimizer.decay_epochs = 5.0  # 'step': every so many epochs…
