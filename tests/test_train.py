@@ -216,7 +216,8 @@ def finished(tmp_path_factory):
     config = load_config('performer_relu', 'digits')
     config.num_epochs, config.batch_size, config.log_every_steps = 3, 128, 3
     config.dataset.validation_fraction = 0.2
-    config.model.update(stem='patch', patch_size=8, width=16, depth=1, num_heads=2, mlp_dim=32)
+    config.model.update(stem_channels=((4,), (8,)), stem_blocks=0, patch_size=8)
+    config.model.update(width=16, depth=1, num_heads=2, mlp_dim=32)
     config.model.attention.update(num_features=8, redraw_every=5)
     directory = tmp_path_factory.mktemp('finished') / 'run'
     return config, directory, train.train(config, directory)
@@ -280,7 +281,11 @@ def test_test_accuracy_is_that_of_the_saved_weights(finished):
     manager.close()
     pixels = (dataset.test.images / 255.0 - dataset.mean) / dataset.std
     logits = training.model.apply(
-        {'params': state.ema_params, 'projections': state.projections},
+        {
+            'params': state.ema_params,
+            'projections': state.projections,
+            'batch_stats': state.batch_stats,
+        },
         jnp.asarray(pixels, jnp.float32),
     )
     accuracy = float((np.asarray(logits).argmax(-1) == dataset.test.labels).mean())
@@ -320,7 +325,8 @@ def test_tensorboard_files_read_back(finished):
 
 
 def test_interrupted_and_continued_is_the_uninterrupted_run(finished, tmp_path, monkeypatch):
-    """Bit for bit: weights, optimiser, averages, projections, history. Stops inside epoch 2."""
+    """Bit for bit: weights, optimiser, averages, projections, statistics, history. Stops inside
+    epoch 2."""
     config, directory, results = finished
     observe = train.raise_if_bad
     calls = []

@@ -36,11 +36,7 @@ def randomised(variables, seed: int = 7):
 def test_both_stems_give_a_real_token_grid(stem, patch_size, tokens):
     """Catches a stem that flattens the image to one token, or shrinks it by another factor."""
     model = small(stem=stem, patch_size=patch_size, depth=1)
-    shapes = jax.eval_shape(
-        lambda: model.init_with_output(
-            jax.random.key(0), IMAGES, mutable=True
-        )
-    )
+    shapes = jax.eval_shape(lambda: model.init_with_output(jax.random.key(0), IMAGES, mutable=True))
     logits, variables = shapes
     side = 32 // patch_size
     assert logits.shape == (2, 10) and logits.dtype == jnp.float32
