@@ -24,9 +24,9 @@ class TrainState:
       step: () int32, steps done.
       params: the trained weights, float32.
       projections: FAVOR+'s random matrices (`favor.FavorAttention`), {} where there are none.
-      batch_stats: moving averages of BatchNorm's statistics, {} where there are none.
+      batch_stats: BatchNorm's statistics for evaluation, {} where there are none.
       opt_state: of the Optax chain.
-      ema_params: moving average of `params`, or None.
+      ema: moving averages of `params` and `batch_stats`, under these names, or None.
       epoch_sums: of the epoch in progress: `loss` and `accuracy`, () float32 sums over its steps.
       first_bad_step: () int32, the first step whose loss or gradient was not finite; −1: none.
     """
@@ -36,23 +36,15 @@ class TrainState:
     projections: Any
     batch_stats: Any
     opt_state: optax.OptState
-    ema_params: Any
+    ema: dict[str, Any] | None
     epoch_sums: dict[str, jax.Array]
     first_bad_step: jax.Array
 
     @property
-    def evaluated_params(self) -> Any:
-        """The weights that evaluation uses: the moving average where one is kept."""
-        return self.params if self.ema_params is None else self.ema_params
-
-    @property
     def evaluated(self) -> dict[str, Any]:
-        """The variables that evaluation applies the model to."""
-        return {
-            'params': self.evaluated_params,
-            'projections': self.projections,
-            'batch_stats': self.batch_stats,
-        }
+        """The variables that evaluation uses: moving averages where they are kept."""
+        last = {'params': self.params, 'batch_stats': self.batch_stats}
+        return {'projections': self.projections, **(self.ema or last)}
 
 
 def create_state(
@@ -61,15 +53,16 @@ def create_state(
     """A fresh state, a pure function of the seed; images have the shape (h, w, c)."""
     images = jnp.zeros((1, *image_shape), jnp.float32)
     variables = jax.jit(model.init)(jax.random.key(seed), images)
-    params = variables['params']
+    params, batch_stats = variables['params'], variables.get('batch_stats', {})
+    averaged = {'params': params, 'batch_stats': batch_stats}
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,
         projections=variables.get('projections', {}),
-        batch_stats=variables.get('batch_stats', {}),
+        batch_stats=batch_stats,
         opt_state=tx.init(params),
         # A copy: the step donates its buffers, and one buffer cannot be given away twice.
-        ema_params=jax.tree.map(jnp.copy, params) if ema else None,
+        ema=jax.tree.map(jnp.copy, averaged) if ema else None,
         epoch_sums={'loss': jnp.zeros(()), 'accuracy': jnp.zeros(())},
         first_bad_step=jnp.full((), -1, jnp.int32),
     )

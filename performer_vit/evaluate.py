@@ -523,7 +523,7 @@ def evaluate_run(workdir: str | os.PathLike) -> dict:
         )
     state, _ = checkpoints.restore(saved, template, step)
     saved.close()
-    learnt = learnt_kernel(config, dataset, model, state.evaluated_params, template.params)
+    learnt = learnt_kernel(config, dataset, model, state.evaluated['params'], template.params)
     state = jax_utils.replicate(state, axis_name='batch')
     forward = predict.compile_forward(model, dataset, state, config.batch_size)
     log_probabilities, seconds = predict.timed(forward, state, dataset.test)

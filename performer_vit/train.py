@@ -165,7 +165,9 @@ def make_train_step(
             projections=projections,
             batch_stats=batch_stats,
             opt_state=opt_state,
-            ema_params=_moving_average(state, params, config.ema_decay),
+            ema=_moving_average(
+                state, {'params': params, 'batch_stats': batch_stats}, config.ema_decay
+            ),
             epoch_sums=epoch_sums,
             first_bad_step=first_bad_step,
         )
@@ -181,16 +183,17 @@ def make_train_step(
     return train_step
 
 
-def _moving_average(state: TrainState, params, decay: float):
-    """m ← d·m + (1 − d)·params, with d = min(decay, (1 + t)/(10 + t)) so that early weights fade.
+def _moving_average(state: TrainState, new: dict, decay: float) -> dict | None:
+    """m ← d·m + (1 − d)·new, with d = min(decay, (1 + t)/(10 + t)) so that early weights fade.
 
     Without the second term the random initial weights would stay in the average of a short run.
+    BatchNorm's statistics are averaged as the weights are that they belong to.
     """
-    if state.ema_params is None:
+    if state.ema is None:
         return None
     step = state.step.astype(jnp.float32)
     rate = 1.0 - jnp.minimum(decay, (1.0 + step) / (10.0 + step))
-    return optax.incremental_update(params, state.ema_params, rate)
+    return optax.incremental_update(new, state.ema, rate)
 
 
 def scalar(value: jax.Array) -> float:
@@ -418,7 +421,7 @@ def train(config, workdir: str | os.PathLike | None = None, run_name: str = 'run
             mirrored = predict(state, prediction.mirrored(dataset.test))
             labels = dataset.test.labels
             results |= evaluate.flip_averaged(log_probabilities, mirrored, labels)
-        params = jax_utils.unreplicate(state.evaluated_params)
+        params = jax_utils.unreplicate(state.evaluated['params'])
         learnt = evaluate.learnt_kernel(
             config, dataset, training.model, params, training.state.params
         )

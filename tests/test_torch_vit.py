@@ -56,7 +56,8 @@ def prepare(config, kernel):
         leaf + 0.1 * jax.random.normal(key, leaf.shape)
         for key, leaf in zip(keys, leaves, strict=True)
     )
-    state = training.state.replace(params=params, ema_params=jax.tree.map(jnp.copy, params))
+    ema = {**training.state.ema, 'params': jax.tree.map(jnp.copy, params)}
+    state = training.state.replace(params=params, ema=ema)
     return training, state
 
 
@@ -175,7 +176,7 @@ def test_steps_are_those_of_our_train_step(config, kernel):
     first, last = (params['head']['kernel'] for params in (state.params, final.params))
     assert np.max(np.abs(first - last)) > 0.05
     assert_weights_are(twin, config, final.params, final.projections, atol=2e-4)
-    assert_weights_are(average, config, final.ema_params, final.projections, atol=2e-4)
+    assert_weights_are(average, config, final.ema['params'], final.projections, atol=2e-4)
 
 
 @pytest.mark.parametrize('schedule', ['cosine', 'linear'])

@@ -180,19 +180,26 @@ def test_projections_are_redrawn_when_due(tiny_config):
 
 
 def test_moving_average_closed_form(tiny_config):
-    """m ← d·m + (1 − d)·p with d = min(decay, (1 + t)/(10 + t)), over the visited weights; the
-    projections of a run that never redraws stay what they were."""
+    """m ← d·m + (1 − d)·p with d = min(decay, (1 + t)/(10 + t)), over the visited weights and the
+    statistics of BatchNorm; the projections of a run that never redraws stay what they were."""
+    tiny_config.model.update(stem='conv', stem_channels=((4,), (8,)))
     tiny_config.ema_decay = 0.15
     tiny_config.optimizer.warmup_epochs = 0.0
     states, _ = train_for(tiny_config, digits(), 3)
-    average = states[0].params['head']['kernel']
-    for t, state in enumerate(states[1:]):
-        decay = min(0.15, (1 + t) / (10 + t))
-        average = decay * average + (1 - decay) * state.params['head']['kernel']
     last = states[-1]
-    np.testing.assert_allclose(last.ema_params['head']['kernel'], average, rtol=1e-4, atol=1e-7)
-    assert np.abs(average - last.params['head']['kernel']).max() > 1e-5
-    assert last.evaluated_params is last.ema_params
+    for part, path in (('params', ('head', 'kernel')), ('batch_stats', ('stem', 'norm_1', 'mean'))):
+        visited = [getattr(state, part)[path[0]] for state in states]
+        averaged = last.ema[part][path[0]]
+        for key in path[1:]:
+            visited = [values[key] for values in visited]
+            averaged = averaged[key]
+        average = visited[0]
+        for t, new in enumerate(visited[1:]):
+            decay = min(0.15, (1 + t) / (10 + t))
+            average = decay * average + (1 - decay) * new
+        np.testing.assert_allclose(averaged, average, rtol=1e-4, atol=1e-7)
+        assert np.abs(average - visited[-1]).max() > 1e-5
+    assert last.evaluated['params'] is last.ema['params']
     jax.tree.map(np.testing.assert_array_equal, last.projections, states[0].projections)
 
 
@@ -282,9 +289,9 @@ def test_test_accuracy_is_that_of_the_saved_weights(finished):
     pixels = (dataset.test.images / 255.0 - dataset.mean) / dataset.std
     logits = training.model.apply(
         {
-            'params': state.ema_params,
+            'params': state.ema['params'],
             'projections': state.projections,
-            'batch_stats': state.batch_stats,
+            'batch_stats': state.ema['batch_stats'],
         },
         jnp.asarray(pixels, jnp.float32),
     )
