@@ -103,7 +103,8 @@ def get_config(arguments: str = '') -> ConfigDict:
     config.model = ConfigDict()
     config.model.stem = 'conv'  # Or 'patch'.
     config.model.patch_size = 4  # Pixels along a token: 4, 2, 1 give 64, 256, 1,024 tokens.
-    # Of the 'conv' stem: its convolutions on the pixels' grid, and on the one half as fine.
+    # Of the 'conv' stem: channels of its convolutions on each grid from the finest on, with
+    # patch_size 4 that of the pixels and one half as fine; one to the width ends the last grid.
     config.model.stem_channels = ((32, 64), (64,))
     config.model.stem_blocks = 1  # More of its convolutions, on the tokens' grid.
     config.model.stem_norm = 'batch'  # Or 'layer'.
@@ -147,7 +148,7 @@ def get_config(arguments: str = '') -> ConfigDict:
     config.optimizer.clip_norm = 5.0  # Largest global norm of a gradient; 0.0: no clipping.
 
     config.label_smoothing = 0.1
-    config.ema_decay = 0.99  # Exponential moving average of the weights, evaluated; 0.0: none.
+    config.ema_decay = 0.99  # Of the moving average of the state, which is evaluated; 0.0: none.
     config.early_stopping_patience = 0  # Epochs without a lower validation loss; 0: never stop.
     config.test_state = 'best'  # Which state meets the test split: 'best' on validation, or 'last'.
 

@@ -44,7 +44,7 @@ class TrainState:
     def evaluated(self) -> dict[str, Any]:
         """The variables that evaluation uses: moving averages where they are kept."""
         last = {'params': self.params, 'batch_stats': self.batch_stats}
-        return {'projections': self.projections, **(self.ema or last)}
+        return {'projections': self.projections, **(last if self.ema is None else self.ema)}
 
 
 def create_state(
@@ -118,17 +118,29 @@ def restore(
       checkpoints: from `manager`.
       template: a state of the same structure, shapes and dtypes.
       step: a step that was saved.
+
+    Raises:
+      BadInput: the checkpoint holds another structure.
     """
     step = checkpoints.latest_step() if step is None else step
     if step is None:
         return None
     abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, jax.tree.map(np.asarray, template))
-    restored = checkpoints.restore(
-        step,
-        args=ocp.args.Composite(
-            state=ocp.args.StandardRestore(abstract), history=ocp.args.JsonRestore()
-        ),
-    )
+    try:
+        restored = checkpoints.restore(
+            step,
+            args=ocp.args.Composite(
+                state=ocp.args.StandardRestore(abstract), history=ocp.args.JsonRestore()
+            ),
+        )
+    except ValueError as error:
+        if 'tree structures do not match' not in str(error):
+            raise
+        raise BadInput(
+            f'the checkpoint of step {step} in {checkpoints.directory} holds another state than '
+            'this version of the code has: go on with the version that wrote it, or train again '
+            'in another --workdir.'
+        ) from error
     return restored.state, restored.history['rows']
 
 

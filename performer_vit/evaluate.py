@@ -367,7 +367,7 @@ def describe(config, dataset: datasets.Dataset, model, num_params: int) -> dict:
 
 
 def learnt_kernel(
-    config, dataset: datasets.Dataset, model: vit.VisionTransformer, params: Any, initial: Any
+    config, dataset: datasets.Dataset, model: vit.VisionTransformer, variables: Any, initial: Any
 ) -> dict[str, np.ndarray] | None:
     """The kernel that fθ has learnt in each block, beside the one that it started from.
 
@@ -382,8 +382,8 @@ def learnt_kernel(
         config: the config of the run.
         dataset: its data.
         model: its model, of L blocks.
-        params: trained weights.
-        initial: the weights that it started from, of the same tree.
+        variables: the trained model's, as `TrainState.evaluated` has them.
+        initial: the weights (`params`) that it started from.
 
     Returns:
         Arrays by name, float32, for G heads with maps of their own, or G = 1: `angles` (t,) in
@@ -402,7 +402,7 @@ def learnt_kernel(
     if attention.kernel not in favor.LEARNT_KERNELS or head_dim < 2:
         return None
     temperature = attention.get('temperature') or math.sqrt(head_dim)
-    norms = _query_and_key_norms(model, params, dataset) / math.sqrt(temperature)
+    norms = _query_and_key_norms(model, variables, dataset) / math.sqrt(temperature)
     if not np.all(np.isfinite(norms) & (norms > 0)):
         return None
 
@@ -414,7 +414,7 @@ def learnt_kernel(
         'arc_cosine': (np.sin(angles) + (np.pi - angles) * np.cos(angles)) / np.pi,
         'softmax': np.exp(norms.prod(axis=1, keepdims=True) * (np.cos(angles) - 1)),
     }
-    for name, weights in (('learnt', params), ('initial', initial)):
+    for name, weights in (('learnt', variables['params']), ('initial', initial)):
         profiles = [
             favor.learnt_profiles(
                 attention.kernel,
@@ -433,7 +433,7 @@ def learnt_kernel(
 
 
 def _query_and_key_norms(
-    model: vit.VisionTransformer, params: Any, dataset: datasets.Dataset
+    model: vit.VisionTransformer, variables: Any, dataset: datasets.Dataset
 ) -> np.ndarray:
     """The root mean squares of ‖q‖ and ‖k‖ in each block, (L, 2) float32."""
 
@@ -441,11 +441,11 @@ def _query_and_key_norms(
         return jnp.sqrt(jnp.mean(jnp.sum(jnp.square(x.astype(jnp.float32)), axis=-1)))
 
     @jax.jit
-    def norms(params, images):
+    def norms(variables, images):
         images = augment.normalize(images, dataset.mean, dataset.std)
         # The attention maps that are sown besides are not returned, so XLA leaves them out.
         _, seen = model.apply(
-            {'params': params},
+            variables,
             images,
             capture_intermediates=lambda module, _: module.name in ('query', 'key'),
             mutable=['intermediates'],
@@ -459,7 +459,7 @@ def _query_and_key_norms(
         ])  # fmt: skip
 
     split = dataset.train if dataset.validation is None else dataset.validation
-    return np.asarray(norms(params, split.images[:PROFILE_IMAGES]))
+    return np.asarray(norms(variables, split.images[:PROFILE_IMAGES]))
 
 
 def flip_averaged(
@@ -523,7 +523,7 @@ def evaluate_run(workdir: str | os.PathLike) -> dict:
         )
     state, _ = checkpoints.restore(saved, template, step)
     saved.close()
-    learnt = learnt_kernel(config, dataset, model, state.evaluated['params'], template.params)
+    learnt = learnt_kernel(config, dataset, model, state.evaluated, template.params)
     state = jax_utils.replicate(state, axis_name='batch')
     forward = predict.compile_forward(model, dataset, state, config.batch_size)
     log_probabilities, seconds = predict.timed(forward, state, dataset.test)

@@ -39,7 +39,7 @@ def compile_forward(
 
     Returns:
       A function of a replicated state and a split of n images to log-probabilities (n, K) float32
-      in the split's order, computed with the state's evaluated weights.
+      in the split's order, computed with `state.evaluated`.
     """
     split = Split(dataset.train.images[:1], dataset.train.labels[:1])
     image = next(input_pipeline.eval_batches(split, batch_size=batch_size))['image']

@@ -95,6 +95,7 @@ def make_train_step(
     each device.
     """
     attention = config.model.attention
+    model = model.clone(axis_name='batch')
 
     def loss_fn(params, projections, batch_stats, images, targets, key):
         logits, updated = model.apply(
@@ -279,7 +280,7 @@ def prepare(config, dataset: datasets.Dataset) -> Training:
     steps_per_epoch = input_pipeline.steps_per_epoch(num_images, config.batch_size)
     schedule = optimizers.learning_rate(config.optimizer, steps_per_epoch, config.num_epochs)
     tx = optimizers.create(config.optimizer, schedule)
-    model = vit.from_config(config.model, dataset.num_classes, config.seed, axis_name='batch')
+    model = vit.from_config(config.model, dataset.num_classes, config.seed)
     state = checkpoints.create_state(
         model, tx, dataset.image_shape, config.seed, ema=config.ema_decay > 0
     )
@@ -421,9 +422,9 @@ def train(config, workdir: str | os.PathLike | None = None, run_name: str = 'run
             mirrored = predict(state, prediction.mirrored(dataset.test))
             labels = dataset.test.labels
             results |= evaluate.flip_averaged(log_probabilities, mirrored, labels)
-        params = jax_utils.unreplicate(state.evaluated['params'])
+        variables = jax_utils.unreplicate(state.evaluated)
         learnt = evaluate.learnt_kernel(
-            config, dataset, training.model, params, training.state.params
+            config, dataset, training.model, variables, training.state.params
         )
         results, images = evaluate.write_report(
             workdir, results, log_probabilities, dataset.test.labels, dataset.class_names, learnt

@@ -94,7 +94,7 @@ class ConvStem(nn.Module):
     and `blocks` convolutions of the width follow on the grid of the tokens. The first convolution
     sees the pixels, every other one is conv(ReLU(norm(x))), added to x where the channels stay the
     same: the residual units of He et al. 2016, "Identity Mappings in Deep Residual Networks", of
-    one convolution each. There are no biases: the norms and the position embedding have them.
+    one convolution each, without biases: the norms that follow have them.
 
     Where patch_size asks for less shrinking, the last grids are not halved; where it asks for more,
     space-to-depth makes the difference before the first convolution.
@@ -267,8 +267,8 @@ class VisionTransformer(nn.Module):
         None leaves attention out of the blocks.
       stem: 'patch' or 'conv'; both give h/patch_size × w/patch_size tokens.
       patch_size: pixels along one side of a token.
-      stem_channels: of the 'conv' stem, the channels of the convolutions on each grid, from the
-        pixels' on; see `ConvStem`. 'patch' has none.
+      stem_channels: of the 'conv' stem, the channels of its convolutions on each grid, from the
+        finest on; see `ConvStem`. 'patch' has none.
       stem_blocks: residual convolutions of the 'conv' stem on the grid of the tokens; 'patch' has
         none.
       stem_norm: 'batch' or 'layer', of the 'conv' stem; 'patch' has none.
@@ -402,26 +402,23 @@ class VisionTransformer(nn.Module):
             )
         if self.stem == 'conv':
             grids = self.stem_channels
-            if not grids or not all(isinstance(grid, tuple) and grid for grid in grids):
-                raise self._bad_channels()
-            if any(not isinstance(c, int) or c < 1 for grid in grids for c in grid):
-                raise self._bad_channels()
-
-    def _bad_channels(self) -> BadInput:
-        return BadInput(
-            f"model.stem_channels is {self.stem_channels}; stem 'conv' needs the channels of one "
-            'or more convolutions on each of one or more grids: set it to a tuple of tuples of '
-            'positive integers such as ((16, 32), (32,)).'
-        )
+            fit = [
+                isinstance(g, tuple) and g and all(type(c) is int and c > 0 for c in g)
+                for g in grids
+            ]
+            if not fit or not all(fit):
+                raise BadInput(
+                    f"model.stem_channels is {grids}; stem 'conv' needs the channels of one or "
+                    'more convolutions on each of one or more grids: set it to a tuple of tuples '
+                    "of positive integers, on a command line '((16, 32), (32,))' with its quotes."
+                )
 
 
 # What a config may name in the place of a kernel, to measure what attention adds.
 NO_ATTENTION = {'mean': MeanAttention, 'none': None}
 
 
-def from_config(
-    model, num_classes: int, seed: int, axis_name: str | None = None
-) -> VisionTransformer:
+def from_config(model, num_classes: int, seed: int) -> VisionTransformer:
     """The model that a config's `model` section describes (see `configs/base.py`).
 
     Args:
@@ -431,7 +428,6 @@ def from_config(
         'none' leaves the branch out.
       num_classes: number of classes, K.
       seed: of the random projections.
-      axis_name: see `VisionTransformer`.
     """
     fields = dict(model)
     choose('model.dtype', fields['dtype'], DTYPES)
@@ -451,7 +447,6 @@ def from_config(
         num_classes=num_classes,
         attention=build,
         dtype=dtype,
-        axis_name=axis_name,
         **fields,
     )
 

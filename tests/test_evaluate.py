@@ -256,7 +256,7 @@ def test_learnt_kernel_starts_as_relu_and_is_that_of_the_trained_weights(tiny_co
     for side, value in (('query', 0.25), ('key', 0.5)):
         dense = trained['encoder_1']['self_attention'][side]
         dense.update(kernel=0 * dense['kernel'], bias=0 * dense['bias'] + value)
-    saved = evaluate.learnt_kernel(tiny_config, dataset, model, trained, initial)
+    saved = evaluate.learnt_kernel(tiny_config, dataset, model, {'params': trained}, initial)
 
     pixels = (dataset.validation.images[:128] / 255 - dataset.mean) / dataset.std
     patches = pixels.reshape(128, 4, 8, 4, 8, 3).swapaxes(2, 3).reshape(128, 16, 192)
@@ -320,7 +320,7 @@ def test_learnt_kernel_of_heads_and_sides_apart(tiny_config):
     theta = trained['encoder_0']['self_attention']['attention']['theta']
     theta['key']['hidden_bias'][1] += 1  # Of the second head alone.
     dataset = datasets.load('digits')
-    saved = evaluate.learnt_kernel(tiny_config, dataset, model, trained, initial)
+    saved = evaluate.learnt_kernel(tiny_config, dataset, model, {'params': trained}, initial)
     assert saved['learnt'].shape == saved['initial'].shape == (1, 2, saved['angles'].size)
     np.testing.assert_array_equal(saved['learnt'][0, 0], saved['initial'][0, 0])
     assert np.max(np.abs(saved['learnt'][0, 1] - saved['initial'][0, 1])) > 0.05
@@ -328,7 +328,7 @@ def test_learnt_kernel_of_heads_and_sides_apart(tiny_config):
     swapped = dataclasses.replace(dataset, train=dataset.validation, validation=None)
     with tiny_config.unlocked():
         attention.temperature = 2 * 8**0.5
-    colder = evaluate.learnt_kernel(tiny_config, swapped, model, trained, initial)
+    colder = evaluate.learnt_kernel(tiny_config, swapped, model, {'params': trained}, initial)
     np.testing.assert_allclose(colder['query_norm'], saved['query_norm'] / 2**0.5, rtol=1e-5)
 
 
@@ -344,7 +344,8 @@ def test_no_learnt_kernel(tiny_config, kernel, num_heads):
     tiny_config.model.attention.kernel = kernel
     model, params = model_and_noise(tiny_config, 0)
     dataset = datasets.load('digits')
-    assert evaluate.learnt_kernel(tiny_config, dataset, model, params, params) is None
+    variables = {'params': params}
+    assert evaluate.learnt_kernel(tiny_config, dataset, model, variables, params) is None
 
 
 # The summary table

@@ -57,6 +57,10 @@ def run(*arguments: str) -> subprocess.CompletedProcess:
         (('--config=configs/vit.py', 'train'), "unknown arguments ['train']"),
         (('--mode=evaluate',), 'needs the --workdir=DIR'),
         (('--config=configs/vit.py:digits', '--config.num_epochs=0'), 'num_epochs is 0'),
+        (
+            ('--config=configs/vit.py:digits', '--config.model.stem_channels=(32,64)'),
+            'model.stem_channels is (32, 64)',
+        ),
         (('--mode=evaluate', '--workdir=/nonexistent'), 'config.json does not exist'),
     ],
 )

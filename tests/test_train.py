@@ -61,13 +61,15 @@ def first_images(dataset: datasets.Dataset, count: int) -> datasets.Dataset:
     return dataclasses.replace(dataset, train=part)
 
 
-def test_overfits_32_images(tiny_config):
+@pytest.mark.parametrize('stem', vit.STEMS)
+def test_overfits_32_images(tiny_config, stem):
     """The whole path from pixels to the update can learn: catches a gradient that is cut, a label
     that belongs to another image, a normalisation that loses the image."""
     config = tiny_config
     config.batch_size, config.num_epochs, config.ema_decay = 32, 150, 0.0
     config.augment.crop_padding, config.label_smoothing = 0, 0.0
     config.model.update(width=32, depth=2, patch_size=4)
+    config.model.update(stem=stem, stem_channels=((8,), (16,)), stem_blocks=1)
     config.optimizer.update(learning_rate=3e-3, warmup_epochs=5.0)
     _, metrics = train_for(config, first_images(digits(), 32), 150)
     assert metrics[-1]['accuracy'] == 1.0
@@ -358,6 +360,16 @@ def test_interrupted_and_continued_is_the_uninterrupted_run(finished, tmp_path, 
     assert again['test_loss'] == results['test_loss']
 
 
+def test_a_checkpoint_of_another_version_is_named(finished):
+    """Catches Orbax's listing of two trees, which says nothing of what to do."""
+    config, directory, _ = finished
+    template = train.prepare(config, digits()).state.replace(ema=None)
+    manager = checkpoints.manager(directory / 'checkpoints', 1, has_validation=True)
+    with pytest.raises(BadInput, match='holds another state.*train again in another --workdir'):
+        checkpoints.restore(manager, template)
+    manager.close()
+
+
 def test_the_best_of_a_continued_run_is_the_best_of_all(tiny_config, tmp_path, monkeypatch):
     """The best epoch lies before the interruption and is not among the last that are kept.
 
@@ -422,7 +434,8 @@ def test_profile_on_request(tiny_config, tmp_path):
     assert list((tmp_path / 'run').glob('plugins/profile/*/*'))
 
 
-def test_training_a_learnt_kernel_on_everything(tiny_config, tmp_path):
+@pytest.mark.parametrize('stem', vit.STEMS)
+def test_training_a_learnt_kernel_on_everything(tiny_config, tmp_path, stem):
     """Without a validation split there is none in the results, and the last state is tested.
 
     The run says what it has learnt, and so does its evaluation, in the same bits. Catches initial
@@ -434,6 +447,7 @@ def test_training_a_learnt_kernel_on_everything(tiny_config, tmp_path):
     tiny_config.num_epochs = 1
     tiny_config.optimizer.warmup_epochs = 0.0
     tiny_config.model.attention.kernel = 'ftheta'
+    tiny_config.model.update(stem=stem, stem_channels=((4,), (8,)), stem_blocks=0)
     results = train.train(tiny_config, tmp_path / 'run')
     assert results['validation_accuracy'] is None
     assert workdir.read_history(tmp_path / 'run' / 'history.csv')[0]['validation_loss'] is None

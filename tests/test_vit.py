@@ -134,17 +134,22 @@ def test_attention_maps_are_intermediates(kernel):
     assert {'block_0', 'block_1', 'grid', 'encoded', 'pooled'} <= set(seen['intermediates'])
 
 
-@pytest.mark.parametrize('kernel', ['exact', 'relu', 'softmax'])
-def test_bfloat16_computes_in_bfloat16_on_float32_weights(kernel):
+@pytest.mark.parametrize(
+    'stem, kernel', [('patch', 'exact'), ('patch', 'relu'), ('patch', 'softmax'), ('conv', 'relu')]
+)
+def test_bfloat16_computes_in_bfloat16_on_float32_weights(stem, kernel):
     """Catches weights stored in bfloat16, and a computation that is float32 all the same."""
     attention = functools.partial(favor.FavorAttention, kernel=kernel, num_features=8)
-    model = small(attention=attention)
-    low = small(attention=functools.partial(attention, dtype=jnp.bfloat16), dtype=jnp.bfloat16)
+    model = small(attention=attention, stem=stem)
+    low = model.clone(
+        attention=functools.partial(attention, dtype=jnp.bfloat16), dtype=jnp.bfloat16
+    )
     variables = randomised(low.init(jax.random.key(0), IMAGES))
     assert {x.dtype for x in jax.tree.leaves(variables)} == {jnp.dtype('float32')}
     logits, seen = low.apply(variables, IMAGES, mutable=['intermediates'])
     assert logits.dtype == jnp.float32
-    assert seen['intermediates']['block_1'][0].dtype == jnp.bfloat16
+    for name in ('grid', 'block_1'):
+        assert seen['intermediates'][name][0].dtype == jnp.bfloat16
     full = model.apply(variables, IMAGES)
     difference = float(jnp.abs(logits - full).max() / jnp.abs(full).max())
     assert 1e-6 < difference < 0.1
@@ -187,6 +192,8 @@ def test_stochastic_depth_drops_whole_images_and_keeps_the_mean():
         ({'stem': 'conv', 'stem_channels': (4, 8)}, r'stem_channels is \(4, 8\).*tuple of tuples'),
         ({'stem': 'conv', 'stem_channels': ((), (4,))}, r'model.stem_channels is \(\(\), \(4,\)\)'),
         ({'stem': 'conv', 'stem_channels': ((4, 0),)}, r'model.stem_channels is \(\(4, 0\),\)'),
+        ({'stem': 'conv', 'stem_channels': ((True,),)}, r'model.stem_channels is \(\(True,\),\)'),
+        ({'stem': 'conv', 'stem_channels': ('abc',)}, r"model.stem_channels is \('abc',\)"),
         ({'depth': 0}, r'model.depth is 0; set it to 1 or more'),
         ({'dropout_rate': 1.0}, r'model.dropout_rate is 1.0'),
         ({'position': 'sine', 'width': 18}, r'divisible by 4, but width is 18'),
@@ -274,6 +281,8 @@ def test_an_unknown_kernel_of_a_config_is_refused_with_all_names():
         (4, ((6, 4),), 2, '6 4 16max 16+ 16+'),
         (2, ((6,), (16,)), 1, '6max 16 16+ 16+ 16+'),
         (3, ((6,),), 3, '6 16 16+ 16+'),
+        (8, ((6,), (6,)), 2, '6max 6+ 16max 16+ 16+'),
+        (4, ((6,), (6,), (16,)), 1, '6max 6+max 16 16+ 16+ 16+'),
     ],
 )
 def test_conv_stem_by_hand(norm, patch_size, channels, block, convolutions):
@@ -286,7 +295,9 @@ def test_conv_stem_by_hand(norm, patch_size, channels, block, convolutions):
     stem = vit.ConvStem(patch_size, channels, 2, 16, norm, None, jnp.float32)
     variables = randomised(stem.init(jax.random.key(0), pixels, train=False))
     params = variables['params']
-    stats = jax.tree.map(lambda x: x + 0.5, variables.get('batch_stats', {}))
+    # Between 0.5 and 1.5, and everywhere another.
+    rng = np.random.default_rng(0)
+    stats = jax.tree.map(lambda x: rng.random(x.shape) + 0.5, variables.get('batch_stats', {}))
 
     def conv(x, name):
         window = np.lib.stride_tricks.sliding_window_view(
