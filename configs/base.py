@@ -36,6 +36,7 @@ SIZES = {
         'model.depth': 7,
         'model.num_heads': 6,
         'model.mlp_dim': 1152,
+        'model.pooling': 'map',
         'model.drop_path_rate': 0.1,
         'model.dtype': 'bfloat16',
         'augment.flip': 'random',
@@ -55,6 +56,7 @@ SIZES = {
         'model.depth': 8,
         'model.num_heads': 8,
         'model.mlp_dim': 512,
+        'model.pooling': 'gap',
         'model.dropout_rate': 0.1,
         'augment.flip': 'random',
         'optimizer.name': 'adamw',
@@ -107,13 +109,14 @@ def get_config(arguments: str = '') -> ConfigDict:
     # patch_size 4 that of the pixels and one half as fine; one to the width ends the last grid.
     config.model.stem_channels = ((32, 64), (64,))
     config.model.stem_blocks = 1  # More of its convolutions, on the tokens' grid.
-    config.model.stem_norm = 'batch'  # Or 'layer'.
     config.model.width = 256
     config.model.depth = 2
     config.model.num_heads = 4
     config.model.mlp_dim = 256
     config.model.position = 'learned'  # Or 'sine'.
-    config.model.pooling = 'gap'  # Or 'cls', 'map'.
+    config.model.pooling = 'conv'  # Or 'gap', 'cls', 'map'.
+    config.model.pool_blocks = 2  # Convolutions of 'conv' pooling, on half the tokens' grid.
+    config.model.conv_norm = 'batch'  # Or 'layer': of the convolutions in stem and pooling.
     config.model.dropout_rate = 0.0
     config.model.drop_path_rate = 0.0  # Stochastic depth of the last block.
     config.model.dtype = 'float32'  # Of the computation, or 'bfloat16'; weights are float32.

@@ -55,8 +55,8 @@ _HONOURED = (
     'optimizer.warmup_epochs', 'optimizer.weight_decay', 'optimizer.clip_norm',
 )  # fmt: skip
 _UNUSED = (
-    'model.stem_', 'model.attention.hidden', 'model.attention.theta_', 'optimizer.decay_',
-    'optimizer.momentum',
+    'model.stem_', 'model.pool_', 'model.conv_', 'model.attention.hidden',
+    'model.attention.theta_', 'optimizer.decay_', 'optimizer.momentum',
 )  # fmt: skip
 
 

@@ -23,9 +23,9 @@ from performer_vit.errors import BadInput, choose
 from performer_vit.favor import KERNELS, FavorAttention
 
 STEMS = ('patch', 'conv')
-STEM_NORMS = ('batch', 'layer')
+CONV_NORMS = ('batch', 'layer')
 POSITIONS = ('learned', 'sine')
-POOLINGS = ('gap', 'cls', 'map')
+POOLINGS = ('gap', 'cls', 'map', 'conv')
 DTYPES = ('float32', 'bfloat16')
 
 
@@ -86,23 +86,49 @@ class PatchStem(nn.Module):
         return nn.Dense(self.width, dtype=self.dtype, name='embedding')(patches)
 
 
+def _norm(kind: str, axis_name: str | None, dtype: jnp.dtype, *, train: bool) -> nn.Module:
+    """The norm of a `ResidualConv`, a part of the module that asks for it."""
+    if kind == 'layer':
+        return nn.LayerNorm(dtype=dtype, name='norm')
+    return nn.BatchNorm(
+        use_running_average=not train, momentum=0.9, axis_name=axis_name, dtype=dtype, name='norm'
+    )
+
+
+class ResidualConv(nn.Module):
+    """conv(ReLU(norm(x))), and x added where the channels stay the same: (B, h, w, c → channels).
+
+    The residual units of He et al. 2016, "Identity Mappings in Deep Residual Networks", of one 3×3
+    convolution each, without biases: the norms that follow have them.
+
+    norm 'layer' is LayerNorm, the same in training and in evaluation. norm 'batch' is BatchNorm
+    (Ioffe & Szegedy 2015): in training with the statistics of the batch, of all devices where
+    `axis_name` names the axis that they are mapped over, in evaluation with their moving averages,
+    m ← 0.9·m + 0.1·new, which are the collection `batch_stats`.
+    """
+
+    channels: int
+    norm: str
+    axis_name: str | None
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
+        y = nn.relu(_norm(self.norm, self.axis_name, self.dtype, train=train)(x))
+        y = Conv3x3(self.channels, dtype=self.dtype, name='conv')(y)
+        return x + y if x.shape == y.shape else y
+
+
 class ConvStem(nn.Module):
     """3×3 convolutions that shrink an image to the same grid as patches of `patch_size` would.
 
     `channels` lists the convolutions on each of its grids, the first of them that of the pixels;
     one more, to the width, ends the last grid. Every grid ends with a 2×2 maximum, which halves it,
     and `blocks` convolutions of the width follow on the grid of the tokens. The first convolution
-    sees the pixels, every other one is conv(ReLU(norm(x))), added to x where the channels stay the
-    same: the residual units of He et al. 2016, "Identity Mappings in Deep Residual Networks", of
-    one convolution each, without biases: the norms that follow have them.
+    sees the pixels, every other one is a `ResidualConv` with `norm`.
 
     Where patch_size asks for less shrinking, the last grids are not halved; where it asks for more,
     space-to-depth makes the difference before the first convolution.
-
-    norm 'layer' is LayerNorm, the same in training and in evaluation. norm 'batch' is BatchNorm
-    (Ioffe & Szegedy 2015): in training with the statistics of the batch, of all devices where
-    `axis_name` names the axis that they are mapped over, in evaluation with their moving averages,
-    m ← 0.9·m + 0.1·new, which are the collection `batch_stats`.
     """
 
     patch_size: int
@@ -115,26 +141,18 @@ class ConvStem(nn.Module):
 
     @nn.compact
     def __call__(self, images: jax.Array, *, train: bool) -> jax.Array:
-        norm = functools.partial(nn.LayerNorm, dtype=self.dtype)
-        if self.norm == 'batch':
-            norm = functools.partial(
-                nn.BatchNorm,
-                use_running_average=not train,
-                momentum=0.9,
-                axis_name=self.axis_name,
-                dtype=self.dtype,
-            )
         maxima = sum(self.patch_size % 2 ** (i + 1) == 0 for i in range(len(self.channels)))
         x = space_to_depth(images, self.patch_size // 2**maxima)
         *fine, last = self.channels
         count = 0
         for i, grid in enumerate([*fine, (*last, self.width), self.blocks * (self.width,)]):
             for channels in grid:
-                y = x
+                name = f'conv_{count}'
                 if count:
-                    y = nn.relu(norm(name=f'norm_{count}')(x))
-                y = Conv3x3(channels, dtype=self.dtype, name=f'conv_{count}')(y)
-                x = x + y if count and x.shape == y.shape else y
+                    conv = ResidualConv(channels, self.norm, self.axis_name, self.dtype, name=name)
+                    x = conv(x, train=train)
+                else:
+                    x = Conv3x3(channels, dtype=self.dtype, name=name)(x)
                 count += 1
             if i < maxima:
                 x = maximum_2x2(x)
@@ -257,6 +275,29 @@ class MapPool(nn.Module):
         return x[:, 0]
 
 
+class ConvPool(nn.Module):
+    """Convolutions on half the tokens' grid, then the largest over places: (B, h, w, C) → (B, C).
+
+    A 2×2 maximum, `blocks` times a `ResidualConv` of the same width, and max ReLU(norm(x)) over all
+    places. What the last stage of a convolutional network is: it tells *what* from *where*.
+    """
+
+    blocks: int
+    norm: str
+    axis_name: str | None
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, grid: jax.Array, *, train: bool) -> jax.Array:
+        width = grid.shape[-1]
+        x = maximum_2x2(grid)
+        for i in range(self.blocks):
+            conv = ResidualConv(width, self.norm, self.axis_name, self.dtype, name=f'conv_{i}')
+            x = conv(x, train=train)
+        x = nn.relu(_norm(self.norm, self.axis_name, self.dtype, train=train)(x))
+        return x.max(axis=(1, 2))
+
+
 class VisionTransformer(nn.Module):
     """Images (B, h, w, c), normalised floats, to logits (B, num_classes) in float32.
 
@@ -271,21 +312,23 @@ class VisionTransformer(nn.Module):
         finest on; see `ConvStem`. 'patch' has none.
       stem_blocks: residual convolutions of the 'conv' stem on the grid of the tokens; 'patch' has
         none.
-      stem_norm: 'batch' or 'layer', of the 'conv' stem; 'patch' has none.
       width, depth, num_heads, mlp_dim: C, number of blocks, H, hidden units of a block's MLP.
       position: 'learned' or 'sine' (2-D) embedding, added to the tokens.
-      pooling: 'gap' (mean over tokens), 'cls' (one more, learned token), 'map' (`MapPool`).
+      pooling: 'gap' (mean over tokens), 'cls' (one more, learned token), 'map' (`MapPool`), 'conv'
+        (`ConvPool`).
+      pool_blocks: residual convolutions of 'conv' pooling; the others have none.
+      conv_norm: 'batch' or 'layer', of every `ResidualConv`, in the stem and in the pooling.
       dropout_rate: after the position embedding, and in every block.
       drop_path_rate: stochastic depth of the last block; it grows linearly from 0 at the first.
       dtype: of the computation, float32 or bfloat16; parameters are float32 always.
-      axis_name: the axis that training is mapped over (`jax.pmap`), if any: stem_norm 'batch' has
+      axis_name: the axis that training is mapped over (`jax.pmap`), if any: conv_norm 'batch' has
         the statistics of all its devices.
 
     Intermediates by name, with `apply(…, mutable=['intermediates'])`: `grid` (B, h/p, w/p, C),
     `block_0` … (B, N, C), `encoded` (B, N, C), `pooled` (B, C), and every block's
     `self_attention/attention/attention_map` (B, H, N, N).
 
-    With `train=True`, a `dropout` key is needed where a rate is above 0, and stem_norm 'batch'
+    With `train=True`, a `dropout` key is needed where a rate is above 0, and conv_norm 'batch'
     needs `mutable=['batch_stats']`.
     """
 
@@ -295,13 +338,14 @@ class VisionTransformer(nn.Module):
     patch_size: int = 4
     stem_channels: tuple[tuple[int, ...], ...] = ((16, 32), (32,))
     stem_blocks: int = 0
-    stem_norm: str = 'batch'
     width: int = 128
     depth: int = 2
     num_heads: int = 4
     mlp_dim: int = 256
     position: str = 'learned'
     pooling: str = 'gap'
+    pool_blocks: int = 2
+    conv_norm: str = 'batch'
     dropout_rate: float = 0.0
     drop_path_rate: float = 0.0
     dtype: jnp.dtype = jnp.float32
@@ -319,7 +363,7 @@ class VisionTransformer(nn.Module):
                 self.stem_channels,
                 self.stem_blocks,
                 self.width,
-                self.stem_norm,
+                self.conv_norm,
                 self.axis_name,
                 self.dtype,
                 name='stem',
@@ -361,6 +405,10 @@ class VisionTransformer(nn.Module):
             x = x.mean(axis=1)
         elif self.pooling == 'cls':
             x = x[:, 0]
+        elif self.pooling == 'conv':
+            x = ConvPool(self.pool_blocks, self.conv_norm, self.axis_name, self.dtype, name='pool')(
+                x.reshape(grid.shape), train=train
+            )
         else:
             x = MapPool(self.num_heads, self.mlp_dim, self.dtype, name='pool')(x)
         self.sow('intermediates', 'pooled', x)
@@ -372,14 +420,15 @@ class VisionTransformer(nn.Module):
 
     def _check(self, shape: tuple[int, ...]) -> None:
         choose('model.stem', self.stem, STEMS)
-        choose('model.stem_norm', self.stem_norm, STEM_NORMS)
+        choose('model.conv_norm', self.conv_norm, CONV_NORMS)
         choose('model.position', self.position, POSITIONS)
         choose('model.pooling', self.pooling, POOLINGS)
         for name in ('patch_size', 'width', 'depth', 'num_heads', 'mlp_dim', 'num_classes'):
             if getattr(self, name) < 1:
                 raise BadInput(f'model.{name} is {getattr(self, name)}; set it to 1 or more.')
-        if self.stem_blocks < 0:
-            raise BadInput(f'model.stem_blocks is {self.stem_blocks}; set it to 0 or more.')
+        for name in ('stem_blocks', 'pool_blocks'):
+            if getattr(self, name) < 0:
+                raise BadInput(f'model.{name} is {getattr(self, name)}; set it to 0 or more.')
         for name in ('dropout_rate', 'drop_path_rate'):
             if not 0.0 <= getattr(self, name) < 1.0:
                 raise BadInput(
@@ -399,6 +448,13 @@ class VisionTransformer(nn.Module):
             raise BadInput(
                 f'images of {shape[1]}×{shape[2]} pixels are not divisible by model.patch_size '
                 f'{self.patch_size}: choose a patch size that divides both sides.'
+            )
+        height, width = (side // self.patch_size for side in shape[1:3])
+        if self.pooling == 'conv' and (height % 2 or width % 2):
+            raise BadInput(
+                f"model.pooling 'conv' halves the grid of the tokens, which is {height}×{width} "
+                f'for images of {shape[1]}×{shape[2]} pixels and model.patch_size '
+                f"{self.patch_size}: choose another patch size, or 'gap', 'cls' or 'map'."
             )
         if self.stem == 'conv':
             grids = self.stem_channels

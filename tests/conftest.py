@@ -38,5 +38,6 @@ def tiny_config():
     config.log_every_steps = 3
     config.dataset.validation_fraction = 0.2
     config.model.update(stem='patch', patch_size=8, width=16, depth=1, num_heads=2, mlp_dim=32)
+    config.model.pooling = 'gap'
     config.model.attention.num_features = 8
     return config

@@ -70,6 +70,7 @@ def test_overfits_32_images(tiny_config, stem):
     config.augment.crop_padding, config.label_smoothing = 0, 0.0
     config.model.update(width=32, depth=2, patch_size=4)
     config.model.update(stem=stem, stem_channels=((8,), (16,)), stem_blocks=1)
+    config.model.pooling = {'patch': 'gap', 'conv': 'conv'}[stem]
     config.optimizer.update(learning_rate=3e-3, warmup_epochs=5.0)
     _, metrics = train_for(config, first_images(digits(), 32), 150)
     assert metrics[-1]['accuracy'] == 1.0
@@ -84,6 +85,7 @@ def test_four_devices_equal_one(tiny_config, stem, changes):
     rounding."""
     tiny_config.augment.update(changes)
     tiny_config.model.update(stem=stem, stem_channels=((4,), (8,)), stem_blocks=1)
+    tiny_config.model.pooling = {'patch': 'gap', 'conv': 'conv'}[stem]
     # Its own rate: a default that is higher magnifies rounding from step to step.
     tiny_config.optimizer.update(learning_rate=2e-3, warmup_epochs=0.0)
     tiny_config.model.attention.redraw_every = 2
@@ -190,7 +192,10 @@ def test_moving_average_closed_form(tiny_config):
     tiny_config.optimizer.warmup_epochs = 0.0
     states, _ = train_for(tiny_config, digits(), 3)
     last = states[-1]
-    for part, path in (('params', ('head', 'kernel')), ('batch_stats', ('stem', 'norm_1', 'mean'))):
+    for part, path in (
+        ('params', ('head', 'kernel')),
+        ('batch_stats', ('stem', 'conv_1', 'norm', 'mean')),
+    ):
         visited = [getattr(state, part)[path[0]] for state in states]
         averaged = last.ema[part][path[0]]
         for key in path[1:]:

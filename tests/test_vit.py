@@ -183,11 +183,11 @@ def test_stochastic_depth_drops_whole_images_and_keeps_the_mean():
     'fields, message',
     [
         ({'stem': 'hybrid'}, r"model.stem is 'hybrid'; allowed are 'patch', 'conv'"),
-        ({'pooling': 'max'}, r"model.pooling is 'max'; allowed are 'gap', 'cls', 'map'"),
+        ({'pooling': 'max'}, r"model.pooling is 'max'; allowed are 'gap', 'cls', 'map', 'conv'"),
         ({'position': 'rope'}, r"model.position is 'rope'; allowed are 'learned', 'sine'"),
         ({'num_heads': 3}, r'model.width 16 is not divisible by model.num_heads 3'),
         ({'patch_size': 5}, r'32×32 pixels are not divisible by model.patch_size 5'),
-        ({'stem_norm': 'group'}, r"model.stem_norm is 'group'; allowed are 'batch', 'layer'"),
+        ({'conv_norm': 'group'}, r"model.conv_norm is 'group'; allowed are 'batch', 'layer'"),
         ({'stem': 'conv', 'stem_channels': ()}, r'model.stem_channels is \(\)'),
         ({'stem': 'conv', 'stem_channels': (4, 8)}, r'stem_channels is \(4, 8\).*tuple of tuples'),
         ({'stem': 'conv', 'stem_channels': ((), (4,))}, r'model.stem_channels is \(\(\), \(4,\)\)'),
@@ -225,6 +225,7 @@ def test_config_with_an_unknown_dtype():
 def config_of(**attention):
     config = load_config('vit').model
     config.update(stem='patch', patch_size=8, width=16, depth=2, num_heads=2, mlp_dim=32)
+    config.pooling = 'gap'
     config.attention.update(num_features=8, **attention)
     return config
 
@@ -272,8 +273,64 @@ def test_an_unknown_kernel_of_a_config_is_refused_with_all_names():
         vit.from_config(config_of(kernel='max'), 10, seed=0)
 
 
+def conv(x, params):
+    """A 3×3 convolution, zeros beyond the borders: a sum over windows, in float64."""
+    window = np.lib.stride_tricks.sliding_window_view(
+        np.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0))), (3, 3), axis=(1, 2)
+    )
+    return np.einsum('bhwcij,ijcd->bhwd', window, np.asarray(params['kernel'], np.float64))
+
+
+def relu_of_norm(x, kind, params, stats, train):
+    """ReLU of LayerNorm, or of BatchNorm, and the statistics of the batch."""
+    axes = (-1,) if kind == 'layer' else (0, 1, 2)
+    batch = {'mean': x.mean(axes), 'var': x.var(axes)}
+    use = batch
+    if kind == 'layer':
+        use = {part: value[..., None] for part, value in batch.items()}
+    elif not train:
+        use = {part: np.asarray(value) for part, value in stats.items()}
+    y = (x - use['mean']) / np.sqrt(use['var'] + {'layer': 1e-6, 'batch': 1e-5}[kind])
+    return np.maximum(y * np.asarray(params['scale']) + np.asarray(params['bias']), 0), batch
+
+
+def corners(x, block):
+    return [x[:, i::block, j::block] for i in range(block) for j in range(block)]
+
+
+def residual_conv(x, kind, params, stats, train):
+    y, batch = relu_of_norm(x, kind, params['norm'], stats.get('norm'), train)
+    y = conv(y, params['conv'])
+    return (x + y if x.shape == y.shape else y), batch
+
+
+def check_convolutions(module, by_hand, x, norm):
+    """`module` is by_hand(x, params, stats, train) in evaluation and in training, its averages too.
+
+    `by_hand` gives the output, and the statistics of the batch by the names that they have.
+    """
+    variables = randomised(module.init(jax.random.key(0), x, train=False))
+    # Between 0.5 and 1.5, and everywhere another.
+    rng = np.random.default_rng(0)
+    stats = jax.tree.map(lambda x: rng.random(x.shape) + 0.5, variables.get('batch_stats', {}))
+    for train in (False, True):
+        expected, batch = by_hand(np.asarray(x, np.float64), variables['params'], stats, train)
+        found, updated = module.apply(
+            {**variables, 'batch_stats': stats}, x, train=train, mutable=['batch_stats']
+        )
+        np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-3 * np.abs(expected).max())
+        after = updated.get('batch_stats', {})
+        if norm == 'batch' and train:
+            moved = jax.tree.map(lambda old, new: 0.9 * old + 0.1 * new, stats, batch)
+            jax.tree.map(
+                functools.partial(np.testing.assert_allclose, rtol=1e-3, atol=1e-3), after, moved
+            )
+        else:
+            jax.tree.map(np.testing.assert_array_equal, after, stats)
+
+
 # The convolutions in order: channels, whether the input is added, whether a maximum follows.
-@pytest.mark.parametrize('norm', vit.STEM_NORMS)
+@pytest.mark.parametrize('norm', vit.CONV_NORMS)
 @pytest.mark.parametrize(
     'patch_size, channels, block, convolutions',
     [
@@ -291,60 +348,51 @@ def test_conv_stem_by_hand(norm, patch_size, channels, block, convolutions):
     Catches a maximum or a norm in another place, pixels that space-to-depth mixes up, and a
     convolution that forgets its input, or adds the pixels.
     """
-    pixels = IMAGES[:, :24, :24]
-    stem = vit.ConvStem(patch_size, channels, 2, 16, norm, None, jnp.float32)
-    variables = randomised(stem.init(jax.random.key(0), pixels, train=False))
-    params = variables['params']
-    # Between 0.5 and 1.5, and everywhere another.
-    rng = np.random.default_rng(0)
-    stats = jax.tree.map(lambda x: rng.random(x.shape) + 0.5, variables.get('batch_stats', {}))
 
-    def conv(x, name):
-        window = np.lib.stride_tricks.sliding_window_view(
-            np.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0))), (3, 3), axis=(1, 2)
-        )
-        return np.einsum(
-            'bhwcij,ijcd->bhwd', window, np.asarray(params[name]['kernel'], np.float64)
-        )
-
-    def relu_of_norm(x, name, train):
-        if norm == 'layer':
-            mean, variance = x.mean(-1, keepdims=True), x.var(-1, keepdims=True)
-        elif train:
-            mean, variance = x.mean((0, 1, 2)), x.var((0, 1, 2))
-            expected_stats[name] = {'mean': mean, 'var': variance}
-        else:
-            mean, variance = (np.asarray(stats[name][part]) for part in ('mean', 'var'))
-        y = (x - mean) / np.sqrt(variance + {'layer': 1e-6, 'batch': 1e-5}[norm])
-        scale, bias = (np.asarray(params[name][part]) for part in ('scale', 'bias'))
-        return np.maximum(y * scale + bias, 0)
-
-    def corners(x, block):
-        return [x[:, i::block, j::block] for i in range(block) for j in range(block)]
-
-    for train in (False, True):
-        expected_stats = {}
-        x = np.concatenate(corners(np.asarray(pixels, np.float64), block), axis=-1)
+    def by_hand(pixels, params, stats, train):
+        batch = {}
+        x = np.concatenate(corners(pixels, block), axis=-1)
         for i, words in enumerate(convolutions.split()):
-            y = conv(relu_of_norm(x, f'norm_{i}', train) if i else x, f'conv_{i}')
-            assert y.shape[-1] == int(words.strip('+max'))
-            x = x + y if '+' in words else y
+            name = f'conv_{i}'
+            before = x
+            if i:
+                x, normed = residual_conv(x, norm, params[name], stats.get(name, {}), train)
+                batch[name] = {'norm': normed}
+            else:
+                x = conv(x, params[name])
+            assert x.shape[-1] == int(words.strip('+max'))
+            assert ('+' in words) == (i > 0 and x.shape == before.shape)
             x = np.max(corners(x, 2), axis=0) if 'max' in words else x
-        found, updated = stem.apply(
-            {'params': params, 'batch_stats': stats}, pixels, train=train, mutable=['batch_stats']
-        )
-        np.testing.assert_allclose(found, x, rtol=1e-3, atol=1e-3 * np.abs(x).max())
-        if norm == 'batch' and train:
-            expected = jax.tree.map(lambda old, new: 0.9 * old + 0.1 * new, stats, expected_stats)
-            jax.tree.map(
-                functools.partial(np.testing.assert_allclose, rtol=1e-3, atol=1e-3),
-                updated['batch_stats'],
-                expected,
-            )
-        else:
-            jax.tree.map(np.testing.assert_array_equal, updated.get('batch_stats', {}), stats)
+        return x, batch
+
+    stem = vit.ConvStem(patch_size, channels, 2, 16, norm, None, jnp.float32)
+    check_convolutions(stem, by_hand, IMAGES[:, :24, :24], norm)
 
 
-def test_a_negative_number_of_residual_convolutions_is_refused():
-    with pytest.raises(BadInput, match='model.stem_blocks is -1; set it to 0 or more'):
-        small(stem='conv', stem_blocks=-1).init(jax.random.key(0), IMAGES)
+@pytest.mark.parametrize('norm', vit.CONV_NORMS)
+@pytest.mark.parametrize('blocks', [0, 2])
+def test_conv_pool_by_hand(norm, blocks):
+    """Catches a mean for the maximum, a norm that is left out, and another grid."""
+
+    def by_hand(x, params, stats, train):
+        batch = {}
+        x = np.max(corners(x, 2), axis=0)
+        for name in [f'conv_{i}' for i in range(blocks)]:
+            x, normed = residual_conv(x, norm, params[name], stats.get(name, {}), train)
+            batch[name] = {'norm': normed}
+        x, batch['norm'] = relu_of_norm(x, norm, params['norm'], stats.get('norm'), train)
+        return x.max((1, 2)), batch
+
+    grid = jax.random.normal(jax.random.key(1), (3, 4, 6, 5))
+    check_convolutions(vit.ConvPool(blocks, norm, None, jnp.float32), by_hand, grid, norm)
+
+
+@pytest.mark.parametrize('field', ['stem_blocks', 'pool_blocks'])
+def test_a_negative_number_of_residual_convolutions_is_refused(field):
+    with pytest.raises(BadInput, match=f'model.{field} is -1; set it to 0 or more'):
+        small(**{field: -1}).init(jax.random.key(0), IMAGES)
+
+
+def test_conv_pooling_of_an_odd_grid_is_refused():
+    with pytest.raises(BadInput, match="'conv' halves the grid of the tokens, which is 3×3 for"):
+        small(pooling='conv').init(jax.random.key(0), IMAGES[:, :24, :24])
