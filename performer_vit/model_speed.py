@@ -303,7 +303,7 @@ def _functions(config, length: int, contender: str) -> dict[str, tuple[Callable,
     config = _config_of(config, length, contender)
     dataset = _random_images(length)
     schedule = optimizers.learning_rate(config.optimizer, _STEPS_PER_EPOCH, config.num_epochs)
-    tx = optimizers.create(config.optimizer, schedule)
+    tx = optimizers.create(config.optimizer, schedule, axis_name='batch')
     model = vit.from_config(config.model, dataset.num_classes, config.seed)
     if contender == 'jax_exact':
         model = model.clone(attention=JaxAttention)

@@ -4,13 +4,10 @@ import jax
 import optax
 
 from performer_vit.errors import BadInput, choose
+from performer_vit.muon import scale_by_muon
 
 OPTIMIZERS = ('adamw', 'adam', 'sgd', 'muon')
 SCHEDULES = ('cosine', 'linear', 'step')
-
-# Makes the entries of Muon's updates as large as AdamW's usually are, so that both take the same
-# learning rates and the same weight decay (Liu et al. 2025, arXiv 2502.16982).
-_MUON_RMS = 0.2
 
 
 def learning_rate(optimizer, steps_per_epoch: int, num_epochs: int) -> optax.Schedule:
@@ -79,36 +76,19 @@ def is_decayed(params) -> object:
     return jax.tree.map_with_path(lambda path, _: path[-1].key.endswith('kernel'), params)
 
 
-def matrices(params) -> object:
-    """Which parameters are matrices inside the network, and which of their axes are summed over.
-
-    Returns:
-      A tree like `params`: `optax.contrib.MuonDimensionNumbers` for the kernels of dense,
-      multi-head and convolutional layers (a convolution's sums over its window and the channels)
-      and of fθ (one for each head, where heads have their own); None for the head, whose rows are
-      classes, and for all that is not a kernel.
-    """
-
-    def dimension_numbers(path, value):
-        module, name = ([''] + [key.key for key in path])[-2:]
-        if not name.endswith('kernel') or module == 'head':
-            return None
-        if name in ('hidden_kernel', 'output_kernel'):  # Of fθ: [D, R], or [H, D, R].
-            return optax.contrib.MuonDimensionNumbers((value.ndim - 2,), (value.ndim - 1,))
-        if value.ndim == 3 and module != 'out':
-            return optax.contrib.MuonDimensionNumbers((0,), (1, 2))  # [C, H, D]
-        return optax.contrib.MuonDimensionNumbers(tuple(range(value.ndim - 1)), (value.ndim - 1,))
-
-    return jax.tree.map_with_path(dimension_numbers, params)
-
-
-def create(optimizer, schedule: optax.Schedule) -> optax.GradientTransformation:
+def create(
+    optimizer, schedule: optax.Schedule, axis_name: str | None = None
+) -> optax.GradientTransformation:
     """The Optax chain: clipping by global norm, then AdamW, Adam, SGD with momentum, or Muon.
 
     AdamW and Muon decouple weight decay from the gradient (Loshchilov & Hutter 2019); Adam and SGD
-    add it to the gradient, as the L2 penalty of PyTorch's optimisers of these names. Muon replaces
-    the momentum of each of the `matrices` by the nearest orthogonal matrix, approximately (Jordan
-    et al. 2024), and updates all other parameters by Adam in Nesterov's form (Dozat 2016).
+    add it to the gradient, as the L2 penalty of PyTorch's optimisers of these names. Muon
+    (`scale_by_muon`) updates what is not a matrix by Adam in Nesterov's form (Dozat 2016).
+
+    Args:
+      optimizer: the `optimizer` section of a config.
+      schedule: learning rate by the step.
+      axis_name: the axis that the update is mapped over, if any; 'muon' then shares its work out.
     """
     choose('optimizer.name', optimizer.name, OPTIMIZERS)
     if optimizer.clip_norm < 0 or optimizer.weight_decay < 0 or not 0 <= optimizer.momentum < 1:
@@ -123,18 +103,7 @@ def create(optimizer, schedule: optax.Schedule) -> optax.GradientTransformation:
         'adamw': (clip, optax.scale_by_adam(), penalty),
         'adam': (clip, penalty, optax.scale_by_adam()),
         'sgd': (clip, penalty, optax.trace(optimizer.momentum)),
-        'muon': (clip, _muon(optimizer.momentum), penalty),
+        'muon': (clip, scale_by_muon(optimizer.momentum, axis_name), penalty),
     }
     chain = [transform for transform in chains[optimizer.name] if transform is not None]
     return optax.chain(*chain, optax.scale_by_learning_rate(schedule))
-
-
-def _muon(momentum: float) -> optax.GradientTransformation:
-    """The direction of Muon's update; Optax's own applies the learning rate too, with its sign."""
-    muon = optax.contrib.muon(
-        learning_rate=1.0,
-        beta=momentum,
-        consistent_rms=_MUON_RMS,
-        muon_weight_dimension_numbers=matrices,
-    )
-    return optax.chain(muon, optax.scale(-1.0))

@@ -279,7 +279,7 @@ def prepare(config, dataset: datasets.Dataset) -> Training:
     input_pipeline.check_batch_size(config.batch_size, jax.device_count(), num_images)
     steps_per_epoch = input_pipeline.steps_per_epoch(num_images, config.batch_size)
     schedule = optimizers.learning_rate(config.optimizer, steps_per_epoch, config.num_epochs)
-    tx = optimizers.create(config.optimizer, schedule)
+    tx = optimizers.create(config.optimizer, schedule, axis_name='batch')
     model = vit.from_config(config.model, dataset.num_classes, config.seed)
     state = checkpoints.create_state(
         model, tx, dataset.image_shape, config.seed, ema=config.ema_decay > 0

@@ -3,11 +3,10 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 from ml_collections import ConfigDict
 
-from performer_vit import optimizers, vit
+from performer_vit import optimizers
 from performer_vit.errors import BadInput
 from tests.conftest import load_config
 
@@ -131,66 +130,6 @@ def test_clipping_is_by_the_global_norm():
     )  # fmt: skip
 
 
-def update_of_muon(kernel_name: str, module: str, gradient: np.ndarray, steps: int = 1):
-    """The change of one kernel, without weight decay, over some steps of one gradient."""
-    params = {module: {kernel_name: jnp.zeros(gradient.shape)}}
-    fields = section(name='muon', weight_decay=0.0, clip_norm=0.0, momentum=0.95)
-    tx = optimizers.create(fields, lambda _: 0.01)
-    state = tx.init(params)
-    for _ in range(steps):
-        updates, state = tx.update({module: {kernel_name: jnp.asarray(gradient)}}, state, params)
-        params = jax.tree.map(jnp.add, params, updates)
-    return np.asarray(params[module][kernel_name], np.float64)
-
-
-@pytest.mark.parametrize(
-    'module, shape, matrix',
-    [
-        ('mlp', (24, 16), (24, 16)),
-        ('query', (12, 4, 5), (12, 20)),  # [C, H, D] sums over C.
-        ('out', (4, 5, 12), (20, 12)),  # [H, D, C] sums over H and D.
-        ('conv_0', (3, 3, 4, 10), (36, 10)),
-    ],
-)
-def test_muon_against_the_singular_vectors(module, shape, matrix):
-    """−lr · 0.2 √max(rows, columns) · U S Vᵀ, where U and V are the gradient's singular vectors.
-
-    Catches axes of a kernel joined in a wrong way: the update would have other singular vectors.
-    Newton and Schulz's iteration leaves S near 1 only, so its range is checked, not its values.
-    """
-    gradient = np.random.default_rng(0).normal(size=shape).astype(np.float32)
-    u, _, vt = np.linalg.svd(gradient.reshape(matrix).astype(np.float64), full_matrices=False)
-    update = update_of_muon('kernel', module, gradient).reshape(matrix)
-    singular = u.T @ (update / (-0.01 * 0.2 * np.sqrt(max(matrix)))) @ vt.T
-    values = np.diag(singular)
-    assert 0.6 < values.min() and values.max() < 1.3
-    np.testing.assert_allclose(singular, np.diag(values), atol=2e-3)
-
-
-@pytest.mark.parametrize('name', ['hidden_kernel', 'output_kernel'])
-@pytest.mark.parametrize('module', ['theta', 'query'])
-def test_muon_takes_each_head_of_ftheta_for_a_matrix(name, module):
-    """Catches [H, D, R] taken for the [C, H, D] or [H, D, C] of a multi-head layer."""
-    gradient = np.random.default_rng(0).normal(size=(3, 6, 10)).astype(np.float32)
-    together = update_of_muon(name, module, gradient)
-    apart = [update_of_muon(name, module, one) for one in gradient]
-    np.testing.assert_allclose(together, apart, rtol=1e-4, atol=1e-6)
-    assert update_of_muon('kernel', 'query', gradient) != pytest.approx(together, rel=0.1)
-
-
-@pytest.mark.parametrize('module, name', [('head', 'kernel'), ('norm', 'scale'), ('mlp', 'bias')])
-def test_muon_leaves_all_but_inner_matrices_to_adam(module, name):
-    """The first update of Adam, in Nesterov's form, is the gradient's sign, whatever its size.
-
-    The mean after the step and a step ahead, both corrected for their start at 0, weigh
-    0.9 · 0.1 / (1 − 0.9²) and 0.1 / (1 − 0.9).
-    """
-    gradient = np.random.default_rng(0).normal(size=(8, 4)).astype(np.float32)
-    update = update_of_muon(name, module, gradient)
-    rate = 0.01 * (0.9 * 0.1 / (1 - 0.9**2) + 1)
-    np.testing.assert_allclose(update, -rate * np.sign(gradient), rtol=1e-4)
-
-
 def test_muon_decays_kernels_alone_and_apart_from_the_gradient():
     fields = section(name='muon', weight_decay=0.4, clip_norm=0.0)
     zero = jax.tree.map(jnp.zeros_like, PARAMS)
@@ -199,22 +138,6 @@ def test_muon_decays_kernels_alone_and_apart_from_the_gradient():
     kernel = updates['dense'].pop('kernel')
     np.testing.assert_allclose(kernel, -0.01 * 0.4 * PARAMS['dense']['kernel'], rtol=1e-6)
     assert all(not leaf.any() for leaf in jax.tree.leaves(updates))
-
-
-def test_every_parameter_of_every_model_has_an_optimiser():
-    """Catches a parameter that Muon would take for a matrix of the wrong axes, or leave out."""
-    for name in ('vit', 'performer_relu', 'performer_ftheta'):
-        config = load_config(name)
-        config.model.attention.theta_sharing = 'none'  # The most parameters, in the most places.
-        model = vit.from_config(config.model, num_classes=10, seed=0)
-        images = jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32)
-        params = jax.eval_shape(model.init, jax.random.key(0), images)['params']
-        chosen = jax.tree.leaves(optimizers.matrices(params), is_leaf=lambda x: x is None or (
-            isinstance(x, optax.contrib.MuonDimensionNumbers)))  # fmt: skip
-        paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(params)]
-        for path, axes in zip(paths, chosen, strict=True):
-            is_inner_kernel = path[-1].key.endswith('kernel') and path[0].key != 'head'
-            assert (axes is not None) == is_inner_kernel, path
 
 
 @pytest.mark.parametrize(
