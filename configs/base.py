@@ -12,7 +12,7 @@ DATASETS = ('cifar10', 'cifar100', 'digits')
 
 # What a size changes of the fields below.
 SIZES = {
-    # For ten minutes on two CPU cores: what kernels and other choices are compared with.
+    # Written for ten minutes on two CPU cores: what kernels and other choices are compared with.
     'small': {
         'num_epochs': 6,
         'model.stem_channels': ((16, 32), (32,)),
@@ -20,7 +20,7 @@ SIZES = {
         'model.width': 128,
         'model.mlp_dim': 128,
     },
-    # For two hours on two CPU cores.
+    # Written for two hours on two CPU cores.
     'large': {
         'num_epochs': 15,
         'model.stem_blocks': 2,
@@ -36,7 +36,7 @@ SIZES = {
         'model.depth': 7,
         'model.num_heads': 6,
         'model.mlp_dim': 1152,
-        'model.pooling': 'map',
+        'model.pooling': 'gap',
         'model.drop_path_rate': 0.1,
         'model.dtype': 'bfloat16',
         'augment.flip': 'random',
@@ -119,7 +119,7 @@ def get_config(arguments: str = '') -> ConfigDict:
     config.model.position = 'learned'  # Or 'sine'.
     config.model.pooling = 'conv'  # Or 'gap', 'cls', 'map'.
     config.model.pool_blocks = 2  # Convolutions of 'conv' pooling, on half the tokens' grid.
-    config.model.conv_norm = 'batch'  # Or 'layer': of the convolutions in stem and pooling.
+    config.model.conv_norm = 'batch'  # Or 'layer', in 'conv' stem and 'conv' pooling.
     config.model.dropout_rate = 0.0
     config.model.drop_path_rate = 0.0  # Stochastic depth of the last block.
     config.model.dtype = 'float32'  # Of the computation, or 'bfloat16'; weights are float32.
@@ -150,8 +150,8 @@ def get_config(arguments: str = '') -> ConfigDict:
     config.optimizer.decay_epochs = 5.0  # 'step': every so many epochs…
     config.optimizer.decay_factor = 0.5  # …the rate is multiplied by this.
     config.optimizer.momentum = 0.95  # Of 'muon' and 'sgd'.
-    # Not of biases, norms and embeddings. Decoupled with 'muon' and 'adamw'; 'adam' and 'sgd' add
-    # it to the gradient, and want a hundredth of it.
+    # Not of biases, norms and embeddings. This one and the learning rate are Muon's; 'adamw', and
+    # 'adam' and 'sgd', which add it to the gradient, want others.
     config.optimizer.weight_decay = 0.2
     config.optimizer.clip_norm = 5.0  # Largest global norm of a gradient; 0.0: no clipping.
 

@@ -509,6 +509,7 @@ def accuracy_by_time(rows: Sequence[dict]) -> Figure:
             f'{rows[0]["test_accuracy"]:.2%} on the test images',
             (minutes[-1], 100 * rows[0]['test_accuracy']),
             xytext=(-8, 12), textcoords='offset points', ha='right',
+            bbox={'facecolor': 'white', 'edgecolor': 'none', 'pad': 1},
         )  # fmt: skip
     axes.set_xlim(0, None)
     axes.margins(y=0.12)

@@ -11,10 +11,10 @@ from performer_vit import convolution, exact_attention, linear_attention
 def count(function: Callable, *arguments) -> float:
     """FLOPs of a function under `pmap` on the batch of all devices: XLA's count, not optimised.
 
-    It is counted as one device would do it, so that what devices repeat, such as the step of the
-    optimiser, counts once. XLA counts the body of a loop once however often it runs, and attention
-    and convolutions loop over blocks; so they are counted in one block, which also leaves out what
-    the backward pass computes twice.
+    It is counted as one device would do it, so that what devices repeat or share out, such as the
+    step of the optimiser, counts once. XLA counts the body of a loop once however often it runs,
+    and attention and convolutions loop over blocks; so they are counted in one block, which also
+    leaves out what the backward pass computes twice.
 
     Args:
       function: what `jax.pmap(function, axis_name='batch')` takes.

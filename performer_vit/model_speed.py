@@ -3,11 +3,11 @@
     python -m performer_vit.benchmark tokens --config=configs/vit.py:cifar10,study --json=FILE
 
 Every contender is the model of one config with another attention, and takes whole training steps
-and forward passes. The number of tokens alone differs from one length to the next: the stem is
-always 'patch', whatever the config has, because the cost of the convolutions changes with the patch
-size; and a batch has the same number of tokens, as far as an image has no more than that. All
-contenders at all lengths take turns within one run, on random images, on one device. Letters: N
-tokens of an image.
+and forward passes. The number of tokens alone differs from one length to the next: there are no
+convolutions, whose cost changes with the patch size, but the stem 'patch' always, and the pooling
+'gap' for 'conv', whatever the config has; and a batch has the same number of tokens, as far as an
+image has no more than that. All contenders at all lengths take turns within one run, on random
+images, on one device. Letters: N tokens of an image.
 """
 
 import math
@@ -264,6 +264,8 @@ def _config_of(config, length: int, contender: str):
     config = config.copy_and_resolve_references()
     _, patch_size = image_and_patch_size(length)
     config.model.update(stem='patch', patch_size=patch_size)
+    if config.model.pooling == 'conv':
+        config.model.pooling = 'gap'
     config.model.attention.kernel = 'exact' if contender in VITS else contender
     # Of as many devices as `train.check` divides a batch by.
     config.batch_size = batch_size(length) * jax.device_count()

@@ -45,7 +45,7 @@ def scale_by_muon(momentum: float, axis_name: str | None) -> optax.GradientTrans
 
     For a matrix of m×n with the gradient g: t ← g + momentum·t, and the direction is
     0.2·√max(m, n)·UVᵀ, where USVᵀ = g + momentum·t (Nesterov's form). Optax's iteration leaves
-    singular values between 0.7 and 1.2 or so where UVᵀ has ones.
+    singular values between 0.7 and 1.2 or so where UVᵀ has ones, and tiny ones small.
 
     Args:
       momentum: from 0 to below 1.
@@ -54,8 +54,11 @@ def scale_by_muon(momentum: float, axis_name: str | None) -> optax.GradientTrans
     """
 
     def labels(params):
-        is_none = {'is_leaf': lambda x: x is None or _is_dimension_numbers(x)}
-        return jax.tree.map(lambda x: 'muon' if x else 'adam', matrices(params), **is_none)
+        return jax.tree.map(
+            lambda x: 'adam' if x is None else 'muon',
+            matrices(params),
+            is_leaf=lambda x: x is None or _is_dimension_numbers(x),
+        )
 
     muon = optax.chain(optax.trace(momentum, nesterov=True), _orthogonalize(axis_name))
     return optax.partition({'muon': muon, 'adam': optax.scale_by_adam(nesterov=True)}, labels)

@@ -9,6 +9,7 @@ Sources: Dosovitskiy et al. 2021, "An Image is Worth 16x16 Words" (the encoder);
 Vision Transformers" (`map` pooling); Huang et al. 2016, "Deep Networks with Stochastic Depth".
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable
 
@@ -73,6 +74,20 @@ def maximum_2x2(x: jax.Array) -> jax.Array:
     return functools.reduce(jnp.maximum, (x[:, :, i, :, j] for i in (0, 1) for j in (0, 1)))
 
 
+def largest(x: jax.Array) -> jax.Array:
+    """The largest over all places: (B, h, w, c) → (B, c).
+
+    By halves, and not by `max`: its gradient goes where x equals the maximum, and compiled code
+    that computes x once more rounds it otherwise and finds it nowhere.
+    """
+    x = x.reshape(x.shape[0], -1, x.shape[-1])
+    while x.shape[1] > 1:
+        half = (x.shape[1] + 1) // 2
+        # Of an odd number of places the one in the middle is in both halves.
+        x = jnp.maximum(x[:, :half], x[:, -half:])
+    return x[:, 0]
+
+
 class PatchStem(nn.Module):
     """Non-overlapping patches, each projected to the width: (B, h, w, c) → (B, h/p, w/p, C)."""
 
@@ -87,7 +102,7 @@ class PatchStem(nn.Module):
 
 
 def _norm(kind: str, axis_name: str | None, dtype: jnp.dtype, *, train: bool) -> nn.Module:
-    """The norm of a `ResidualConv`, a part of the module that asks for it."""
+    """The norm before a ReLU, as the part `norm` of the module that calls this."""
     if kind == 'layer':
         return nn.LayerNorm(dtype=dtype, name='norm')
     return nn.BatchNorm(
@@ -279,7 +294,7 @@ class ConvPool(nn.Module):
     """Convolutions on half the tokens' grid, then the largest over places: (B, h, w, C) → (B, C).
 
     A 2×2 maximum, `blocks` times a `ResidualConv` of the same width, and max ReLU(norm(x)) over all
-    places. What the last stage of a convolutional network is: it tells *what* from *where*.
+    places: the last stage of a convolutional network.
     """
 
     blocks: int
@@ -295,7 +310,7 @@ class ConvPool(nn.Module):
             conv = ResidualConv(width, self.norm, self.axis_name, self.dtype, name=f'conv_{i}')
             x = conv(x, train=train)
         x = nn.relu(_norm(self.norm, self.axis_name, self.dtype, train=train)(x))
-        return x.max(axis=(1, 2))
+        return largest(x)
 
 
 class VisionTransformer(nn.Module):
@@ -317,7 +332,7 @@ class VisionTransformer(nn.Module):
       pooling: 'gap' (mean over tokens), 'cls' (one more, learned token), 'map' (`MapPool`), 'conv'
         (`ConvPool`).
       pool_blocks: residual convolutions of 'conv' pooling; the others have none.
-      conv_norm: 'batch' or 'layer', of every `ResidualConv`, in the stem and in the pooling.
+      conv_norm: 'batch' or 'layer', in the 'conv' stem and in 'conv' pooling; others have none.
       dropout_rate: after the position embedding, and in every block.
       drop_path_rate: stochastic depth of the last block; it grows linearly from 0 at the first.
       dtype: of the computation, float32 or bfloat16; parameters are float32 always.
@@ -329,7 +344,7 @@ class VisionTransformer(nn.Module):
     `self_attention/attention/attention_map` (B, H, N, N).
 
     With `train=True`, a `dropout` key is needed where a rate is above 0, and conv_norm 'batch'
-    needs `mutable=['batch_stats']`.
+    needs `mutable=['batch_stats']` where stem or pooling is 'conv'.
     """
 
     num_classes: int
@@ -484,8 +499,22 @@ def from_config(model, num_classes: int, seed: int) -> VisionTransformer:
         'none' leaves the branch out.
       num_classes: number of classes, K.
       seed: of the random projections.
+
+    Raises:
+      BadInput: a field that there is not, or one that is missing: a config of another version.
     """
     fields = dict(model)
+    given = set(fields) - {'attention'}
+    known = {field.name for field in dataclasses.fields(VisionTransformer)} - {
+        'num_classes', 'attention', 'axis_name', 'parent', 'name'
+    }  # fmt: skip
+    if given != known:
+        raise BadInput(
+            'the model section of the config is not of this version of performer_vit: there is no '
+            f'{sorted(given - known)}, and {sorted(known - given)} is missing. Set what '
+            'configs/base.py sets, or use the version that wrote the config: the results.json of a '
+            'run names its commit.'
+        )
     choose('model.dtype', fields['dtype'], DTYPES)
     dtype = jnp.dtype(fields.pop('dtype'))
     attention = dict(fields.pop('attention'))

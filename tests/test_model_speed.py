@@ -36,7 +36,7 @@ def test_figures_are_complete_and_follow_from_the_seconds(tiny, tiny_config, tmp
     One round, so that every spread is one number.
     """
     said = []
-    tiny_config.model.update(stem='conv', stem_blocks=1)
+    tiny_config.model.update(stem='conv', stem_blocks=1, pooling='conv')
     study = model_speed.study(
         tiny_config, lengths=[64, 16], rounds=1, quadratic_limit=16, on_progress=said.append
     )

@@ -50,12 +50,13 @@ def test_against_the_singular_vectors(module, shape, matrix):
     np.testing.assert_allclose(singular, np.diag(values), atol=5e-3)
 
 
-def model_params(name: str = 'performer_ftheta'):
-    """Shapes of the parameters with the most of them, in the most places."""
+def model_params(name: str = 'performer_ftheta', **model):
+    """Shapes of a small model's parameters; fθ's have the most of them, in the most places."""
     config = load_config(name)
     config.model.attention.theta_sharing = 'none'
     config.model.update(width=16, num_heads=2, mlp_dim=24, stem_channels=((4, 8), (8,)))
     config.model.attention.num_features = 8
+    config.model.update(model)
     model = vit.from_config(config.model, num_classes=10, seed=0)
     images = jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32)
     return jax.eval_shape(model.init, jax.random.key(0), images)['params']
@@ -167,13 +168,38 @@ def test_all_but_inner_matrices_are_adams(module, name):
     np.testing.assert_allclose(got, rate * np.sign(gradient), rtol=1e-4)
 
 
-@pytest.mark.parametrize('name', ['vit', 'performer_relu', 'performer_ftheta'])
-def test_every_parameter_of_every_model_has_an_optimiser(name):
-    """Catches a parameter that Muon would take for a matrix of the wrong axes, or leave out."""
-    params = model_params(name)
+@pytest.mark.parametrize(
+    'name, pooling', [('vit', 'conv'), ('performer_relu', 'map'), ('performer_ftheta', 'conv')]
+)
+def test_every_parameter_of_every_model(name, pooling):
+    """Sides of every matrix by its name; width 16, 2 heads of 8, MLP 24, fθ with 8 features.
+
+    Catches a kernel that is taken for a matrix of other axes, or left to Adam.
+    """
+    sides = {
+        'query': (16, 16), 'key': (16, 16), 'value': (16, 16), 'out': (16, 16),
+        'mlp/hidden': (16, 24), 'mlp/out': (24, 16), 'hidden_kernel': (8, 8),
+        'output_kernel': (8, 8), 'stem/conv_0': (27, 4), 'stem/conv_1': (36, 8),
+        'stem/conv_2': (72, 8), 'stem/conv_3': (72, 16), 'stem/conv_4': (144, 16),
+        'pool/conv_0': (144, 16), 'pool/conv_1': (144, 16),
+    }  # fmt: skip
+    params = model_params(name, pooling=pooling)
     chosen = jax.tree.leaves(muon.matrices(params), is_leaf=lambda x: x is None or (
         isinstance(x, optax.contrib.MuonDimensionNumbers)))  # fmt: skip
-    paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(params)]
-    for path, axes in zip(paths, chosen, strict=True):
-        is_inner_kernel = path[-1].key.endswith('kernel') and path[0].key != 'head'
-        assert (axes is not None) == is_inner_kernel, path
+    seen = set()
+    for (path, value), axes in zip(jax.tree.leaves_with_path(params), chosen, strict=True):
+        words = '/'.join(key.key for key in path)
+        if axes is None:
+            assert not words.endswith('kernel') or words == 'head/kernel'
+            continue
+        words = words.replace('/conv/kernel', '/kernel').removesuffix('/kernel')
+        # The longest name that fits: 'mlp/out' is no 'out'.
+        end = max((end for end in sides if words.endswith(end)), key=len)
+        assert muon._sides(value, axes) == sides[end], words
+        # The trailing axes are those of the output: in row-major order nothing is exchanged.
+        order = [*axes.reduction_axis, *axes.output_axis]
+        assert order == list(range(value.ndim - len(order), value.ndim)), words
+        seen.add(end)
+    assert {'query', 'out', 'mlp/hidden', 'mlp/out', 'stem/conv_0', 'stem/conv_4'} <= seen
+    assert ('hidden_kernel' in seen) == (name == 'performer_ftheta')
+    assert ('pool/conv_1' in seen) == (pooling == 'conv')

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from performer_vit import optimizers
+from performer_vit import muon, optimizers
 from performer_vit.errors import BadInput
 from tests.conftest import load_config
 
@@ -127,6 +127,25 @@ def test_clipping_is_by_the_global_norm():
     jax.tree.map(
         lambda new, old, g: np.testing.assert_allclose(new, old - g * 0.5 / norm, rtol=1e-5),
         got, PARAMS, GRADIENT,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize('momentum', [0.0, 0.9])
+def test_muon_is_its_direction_and_weight_decay(momentum):
+    """−rate · (direction + decay · value) of kernels, by `scale_by_muon` with its own tests.
+
+    Catches a momentum that is not handed on, a wrong sign, and decay of other parameters.
+    """
+    tx = muon.scale_by_muon(momentum, None)
+    params, state = PARAMS, tx.init(PARAMS)
+    for _ in range(3):
+        direction, state = tx.update(GRADIENT, state)
+        direction['dense']['kernel'] += 0.4 * params['dense']['kernel']
+        params = jax.tree.map(lambda value, d: value - 0.01 * d, params, direction)
+    fields = section(name='muon', momentum=momentum, weight_decay=0.4, clip_norm=0.0)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5),
+        run(optimizers.create(fields, lambda _: 0.01)), params,
     )  # fmt: skip
 
 

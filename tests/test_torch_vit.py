@@ -215,6 +215,7 @@ def test_no_average_is_kept_where_there_is_none(config):
         ('model.position', 'sine', "model.position is 'sine'"),
         ('model.pooling', 'cls', "model.pooling is 'cls'; the PyTorch twin has 'gap' alone"),
         ('model.pooling', 'map', "model.pooling is 'map'"),
+        ('model.pooling', 'conv', "model.pooling is 'conv'"),
         ('model.drop_path_rate', 0.1, 'model.drop_path_rate is 0.1'),
         ('model.dtype', 'bfloat16', "model.dtype is 'bfloat16'"),
         ('model.attention.kernel', 'gelu', "kernel is 'gelu'.*'exact' or 'relu' alone"),

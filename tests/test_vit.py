@@ -215,6 +215,16 @@ def test_config_builds_the_study_vit():
     assert count == 48 * width + width + 64 * width + 8 * block + 2 * width + 10 * width + 10
 
 
+def test_config_of_another_version_is_refused():
+    """Catches a field that is given and not used, and one that silently takes a default."""
+    model = load_config('vit').model
+    with model.unlocked():
+        model.stem_norm = model.conv_norm
+        del model.conv_norm
+    with pytest.raises(BadInput, match=r"no \['stem_norm'\], and \['conv_norm'\] is missing"):
+        vit.from_config(model, num_classes=10, seed=0)
+
+
 def test_config_with_an_unknown_dtype():
     config = load_config('vit')
     config.model.dtype = 'float8'
@@ -391,6 +401,53 @@ def test_conv_pool_by_hand(norm, blocks):
 def test_a_negative_number_of_residual_convolutions_is_refused(field):
     with pytest.raises(BadInput, match=f'model.{field} is -1; set it to 0 or more'):
         small(**{field: -1}).init(jax.random.key(0), IMAGES)
+
+
+def test_conv_pooling_sees_the_grid_of_the_tokens():
+    """Of an image that is wider than high. Catches rows and columns that are exchanged."""
+    model = small(pooling='conv', pool_blocks=1)
+    images = IMAGES[:, :16]
+    variables = randomised(model.init(jax.random.key(0), images))
+    _, seen = model.apply(variables, images, mutable=['intermediates'])
+    grid = np.reshape(seen['intermediates']['encoded'][0], (2, 2, 4, 16))
+    part = {name: variables[name]['pool'] for name in ('params', 'batch_stats')}
+    expected = vit.ConvPool(1, 'batch', None, jnp.float32).apply(part, grid, train=False)
+    np.testing.assert_allclose(seen['intermediates']['pooled'][0], expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize('shape', [(2, 1, 1, 3), (2, 2, 3, 3), (3, 5, 5, 2), (2, 8, 8, 1)])
+def test_largest_and_its_gradient(shape):
+    """Against NumPy; the gradient is 1 at the largest of each image and channel, 0 elsewhere."""
+    x = np.random.default_rng(0).permutation(np.prod(shape)).reshape(shape).astype(np.float32)
+    np.testing.assert_array_equal(vit.largest(x), x.max((1, 2)))
+    gradient = jax.grad(lambda x: vit.largest(x).sum())(x)
+    np.testing.assert_array_equal(gradient, x == x.max((1, 2), keepdims=True))
+
+
+@pytest.mark.parametrize('pooling', vit.POOLINGS)
+def test_compiled_gradient_is_that_of_single_operations(pooling):
+    """Catches code whose gradient depends on how XLA rounds: the gradient of a maximum over places
+    by `max` was another, in all parameters, once it was compiled."""
+    model = small(stem='conv', stem_channels=((4,), (8,)), stem_blocks=1, pooling=pooling)
+    images = jax.random.normal(jax.random.key(3), (32, 32, 32, 3))
+    variables = randomised(model.init(jax.random.key(0), images))
+    weights = jax.random.normal(jax.random.key(4), (32, 10))
+
+    def loss(params):
+        logits, _ = model.apply(
+            {**variables, 'params': params}, images, train=True, mutable=['batch_stats']
+        )
+        return (weights * logits).mean()
+
+    gradient = jax.grad(loss)
+    compiled, single = jax.jit(gradient)(variables['params']), gradient(variables['params'])
+    # Of the largest of all, because some are 0 but for rounding, such as a key's bias.
+    scale = max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(single))
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4 * scale),
+        compiled,
+        single,
+    )
 
 
 def test_conv_pooling_of_an_odd_grid_is_refused():
