@@ -7,10 +7,11 @@ the figures beside the results. KIND is one of `TABLES`; PATH is a file or direc
 with the `results.json` of runs, each under a name of its own.
 """
 
+import functools
 import pathlib
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from performer_vit import comparison, figures, workdir
 from performer_vit.errors import BadInput, choose
@@ -158,6 +159,47 @@ def ablation_table(path: pathlib.Path) -> str:
     return f'{markdown(head, lines)}\n\n{_origin([base, *rows])}'
 
 
+def tokens_table(path: pathlib.Path) -> str:
+    """Milliseconds of an image by its tokens, and how many times as fast as a ViT Performers are.
+
+    The second by the clock and, in brackets, as operations alone would have it.
+    """
+    study = workdir.read_json(path)
+    passes = list(dict.fromkeys(row['pass'] for row in study['rows']))
+    lengths = study['settings']['lengths']
+    contenders = list(dict.fromkeys(row['contender'] for row in study['rows']))
+    rows = {(row['pass'], row['length'], row['contender']): row for row in study['rows']}
+    columns = [(which, length) for which in passes for length in lengths]
+    head = [f'{which}, {length:,} tokens' for which, length in columns]
+
+    def milliseconds(row: Mapping) -> str:
+        if 'not_run' in row:
+            return 'not run'
+        return f'{1e3 * row["seconds_per_image"]["median"]:,.1f}'
+
+    def speed(row: Mapping, vit: str) -> str:
+        """The ratios of the study are of times."""
+        found = row.get('time_ratios', {}).get(vit)
+        clock = f'{1 / found["median"]:.2f}' if found else 'not run'
+        return f'{clock} ({1 / row["flop_ratios"][vit]:.2f})'
+
+    def lines(cell: Callable[[Mapping], str], names: Sequence[str]) -> list[list[str]]:
+        return [
+            [figures.MODEL_LINES[name][3], *(cell(rows[*column, name]) for column in columns)]
+            for name in names
+        ]
+
+    performers = [name for name in contenders if 'flop_ratios' in rows[*columns[0], name]]
+    vits = [name for name in contenders if name not in performers]
+    parts = ['Milliseconds an image:', markdown(['model', *head], lines(milliseconds, contenders))]
+    for vit in vits:
+        parts += [
+            f'Times as fast as {figures.MODEL_LINES[vit][3]} (by operations alone):',
+            markdown(['model', *head], lines(functools.partial(speed, vit=vit), performers)),
+        ]
+    return '\n\n'.join([*parts, _origin([study])])
+
+
 def _change(base: Mapping, row: Mapping) -> str:
     ours, others = (workdir.flatten(run['config']) for run in (base, row))
     changes = [
@@ -201,6 +243,11 @@ def _draw_comparison(path: pathlib.Path) -> None:
     figures.save(figures.accuracy_by_time(rows), path / 'accuracy.png')
 
 
+def _draw_tokens(path: pathlib.Path) -> None:
+    drawn = figures.model_speed(workdir.read_json(path))
+    figures.save(drawn, path.with_suffix('.png'), num_colours=128)
+
+
 def _draw_nothing(path: pathlib.Path) -> None:
     """The table says it all."""
 
@@ -210,6 +257,7 @@ TABLES = {
     'comparison': (comparison_table, _draw_comparison),
     'study': (study_table, _draw_nothing),
     'ablations': (ablation_table, _draw_nothing),
+    'tokens': (tokens_table, _draw_tokens),
 }
 
 

@@ -89,6 +89,48 @@ def test_a_run_says_its_minutes(tmp_path):
     ]  # fmt: skip
 
 
+def spread(value):
+    return {'median': value, 'low': value, 'high': value}
+
+
+def test_tokens_say_times_and_speeds(tmp_path):
+    """Catches a ratio upside down or of another ViT, and a model that did not run."""
+    common = {'length': 64, 'pass': 'training'}
+    study = {
+        'settings': {
+            'lengths': [64],
+            'config': {'model': {'width': 8, 'depth': 1, 'num_heads': 2}},
+        },
+        'device': '1 × cpu (made up)',
+        'versions': ROW['versions'],
+        'rows': [
+            {**common, 'contender': 'exact', 'seconds_per_image': spread(0.2)},
+            {**common, 'contender': 'jax_exact', 'not_run': 'too long'},
+            {
+                **common,
+                'contender': 'relu',
+                'seconds_per_image': spread(0.1),
+                'time_ratios': {'exact': spread(0.5)},
+                'flop_ratios': {'exact': 0.8, 'jax_exact': 0.4},
+            },
+        ],
+    }
+    path = tmp_path / 'tokens.json'
+    workdir.write_json(path, study)
+    text = tables.tokens_table(path)
+    times, own, jax_nn = (part.splitlines() for part in text.split('\n\n')[1:7:2])
+    assert cells(times[0]) == ['model', 'training, 64 tokens']
+    assert [cells(line)[1] for line in times[2:]] == ['200.0', 'not run', '100.0']
+    assert [cells(line) for line in own[2:]] == [['Performer-ReLU', '2.00 (1.25)']]
+    assert [cells(line) for line in jax_nn[2:]] == [['Performer-ReLU', 'not run (2.50)']]
+    assert 'ViT, attention of jax.nn' in text and text.endswith('commit 0123456.')
+    readme = tmp_path / 'README.md'
+    readme.write_text('<!-- begin tokens tokens.json -->\n<!-- end -->\n')
+    tables.main(['tables', str(readme)])
+    assert text in readme.read_text()
+    assert (tmp_path / 'tokens.png').stat().st_size > 5000
+
+
 def test_main_rewrites_what_is_generated_and_nothing_else(compared, capsys):
     text = 'before\n<!-- begin comparison . -->\nold\n<!-- end -->\nafter\n'
     readme = compared / 'README.md'
