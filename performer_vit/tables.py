@@ -4,7 +4,7 @@
 
 rewrites what stands in README.md between `<!-- begin KIND PATH -->` and `<!-- end -->`, and draws
 the figures beside the results. KIND is one of `TABLES`; PATH is a file or directory of `results/`
-with the `results.json` of runs, each under a name of its own.
+with the `results.json` of runs, or with what a benchmark measured, each under a name of its own.
 """
 
 import functools
@@ -13,7 +13,7 @@ import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 
-from performer_vit import comparison, figures, workdir
+from performer_vit import comparison, figures, timing, workdir
 from performer_vit.errors import BadInput, choose
 
 _BLOCK = re.compile(r'(<!-- begin (\S+) (\S+) -->\n).*?(<!-- end -->)', re.DOTALL)
@@ -33,15 +33,19 @@ _BASELINE = 'exact'
 
 def read(path: str | pathlib.Path) -> list[dict]:
     """The results of a directory's `*.json`: the ViT first, in the order of the study's table."""
+    rows = [{**workdir.read_json(file), 'name': file.stem} for file in _files(path)]
+    kernels = list(figures.MODEL_NAMES)
+    return sorted(rows, key=lambda row: (kernels.index(row['kernel']), row['seed']))
+
+
+def _files(path: str | pathlib.Path) -> list[pathlib.Path]:
     paths = sorted(pathlib.Path(path).glob('*.json'))
     if not paths:
         raise BadInput(
-            f'{path} holds no *.json: put the results.json of each run there, under a name of its '
-            'own.'
+            f'{path} holds no *.json: put the JSON file of each run or measurement there, under a '
+            'name of its own.'
         )
-    rows = [{**workdir.read_json(path), 'name': path.stem} for path in paths]
-    kernels = list(figures.MODEL_NAMES)
-    return sorted(rows, key=lambda row: (kernels.index(row['kernel']), row['seed']))
+    return paths
 
 
 def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -159,6 +163,32 @@ def ablation_table(path: pathlib.Path) -> str:
     return f'{markdown(head, lines)}\n\n{_origin([base, *rows])}'
 
 
+def train_step_table(path: pathlib.Path) -> str:
+    """What `benchmark train_step` measured of each config, PyTorch's step beside it where it ran.
+
+    Medians and, in brackets, the lowest and highest of the rounds.
+    """
+    head = (
+        'config', 'parameters', 'GFLOP an image', 'images/s', 'GFLOP/s', 'of the peak',
+        "whole loop's images/s", "PyTorch's images/s", 'times as fast as PyTorch',
+    )  # fmt: skip
+    rows = [(file, workdir.read_json(file)) for file in _files(path)]
+    lines = []
+    for file, row in rows:
+        peers = ('torch_images_per_second', '{:.1f}'), ('bare_step_over_torch', '{:.2f}')
+        lines.append([
+            f'`{file.stem}`',
+            f'{row["num_params"]:,}',
+            f'{row["gflop_per_image"]:.3f}',
+            timing.spread_text(row['images_per_second'], '{:.1f}'),
+            f'{row["gflop_per_second"]["median"]:.0f}',
+            f'{row["fraction_of_peak"]["median"]:.0%}',
+            timing.spread_text(row['loop_images_per_second'], '{:.1f}'),
+            *(timing.spread_text(row[name], p) if name in row else '–' for name, p in peers),
+        ])  # fmt: skip
+    return f'{markdown(head, lines)}\n\n{_origin([row for _, row in rows])}'
+
+
 def tokens_table(path: pathlib.Path) -> str:
     """Milliseconds of an image by its tokens, and how many times as fast as a ViT Performers are.
 
@@ -257,6 +287,7 @@ TABLES = {
     'comparison': (comparison_table, _draw_comparison),
     'study': (study_table, _draw_nothing),
     'ablations': (ablation_table, _draw_nothing),
+    'train_step': (train_step_table, _draw_nothing),
     'tokens': (tokens_table, _draw_tokens),
 }
 

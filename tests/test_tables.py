@@ -131,6 +131,23 @@ def test_tokens_say_times_and_speeds(tmp_path):
     assert (tmp_path / 'tokens.png').stat().st_size > 5000
 
 
+def test_train_steps_with_and_without_peers(tmp_path):
+    """Catches a peer's figure in another config's row, and shares that are no percentages."""
+    row = {
+        'num_params': 1234, 'gflop_per_image': 0.5, 'images_per_second': spread(100.0),
+        'gflop_per_second': spread(50.0), 'fraction_of_peak': spread(0.625),
+        'loop_images_per_second': spread(95.0), 'device': ROW['device'],
+        'versions': ROW['versions'],
+    }  # fmt: skip
+    peers = {'torch_images_per_second': spread(80.0), 'bare_step_over_torch': spread(1.25)}
+    workdir.write_json(tmp_path / 'vit.json', {**row, **peers})
+    workdir.write_json(tmp_path / 'relu.json', row)
+    relu, vit = (cells(line) for line in tables.train_step_table(tmp_path).splitlines()[2:4])
+    assert relu[:6] == ['`relu`', '1,234', '0.500', '100.0 (100.0 to 100.0)', '50', '62%']
+    assert relu[7:] == ['–', '–']
+    assert vit[7:] == ['80.0 (80.0 to 80.0)', '1.25 (1.25 to 1.25)']
+
+
 def test_main_rewrites_what_is_generated_and_nothing_else(compared, capsys):
     text = 'before\n<!-- begin comparison . -->\nold\n<!-- end -->\nafter\n'
     readme = compared / 'README.md'
