@@ -6,8 +6,9 @@ Every contender is the model of one config with another attention, and takes who
 and forward passes. The number of tokens alone differs from one length to the next: there are no
 convolutions, whose cost changes with the patch size, but the stem 'patch' always, and the pooling
 'gap' for 'conv', whatever the config has; and a batch has the same number of tokens, as far as an
-image has no more than that. All contenders at all lengths take turns within one run, on random
-images, on one device. Letters: N tokens of an image.
+image has no more than that. All contenders at one length take turns, on random images, on one
+device; one length follows the other, so that no more than the programs of one lie in memory.
+Letters: N tokens of an image.
 """
 
 import math
@@ -120,24 +121,12 @@ def study(
         train.check(_config_of(config, length, 'exact'))
     for name in PERFORMERS:
         train.check(_config_of(config, lengths[0], name))
-    programs, contenders = {}, {}
     peak = timing.matmul_peak()
+    facts, measured = {}, {}
     for length in lengths:
-        for name in CONTENDERS:
-            on_progress(f'{name} at N = {length:,}: compiling and warming up')
-            is_too_long = name in VITS and length > quadratic_limit
-            reason = f'longer than --quadratic_limit={quadratic_limit}' if is_too_long else None
-            programs |= _programs(config, length, name, reason)
-        for which in PASS_NAMES:
-            for name in CONTENDERS:
-                case = _Case(length, name, which)
-                if programs[case].call:
-                    contenders[case] = timing.repeated(programs[case].call)
-        # One a length, so that it is measured in the same seconds as what is divided by it.
-        contenders[length] = peak
-    measured = timing.alternate(
-        contenders, rounds, lambda number: on_progress(f'round {number} of {rounds}')
-    )
+        found = _measure(config, length, rounds, quadratic_limit, peak, on_progress)
+        facts |= found[0]
+        measured |= found[1]
     figures = {
         'settings': {
             'lengths': lengths,
@@ -154,7 +143,7 @@ def study(
             {'length': length, **timing.spread([peak / 1e9 for peak in measured[length]])}
             for length in lengths
         ],
-        'rows': [_row(case, programs, measured) for case in programs],
+        'rows': [_row(case, facts, measured) for case in facts],
     }
     figures['crossovers'] = _crossovers(figures['rows'])
     return figures
@@ -278,6 +267,36 @@ def _taken(config) -> dict:
     return {field: value for field, value in config.to_dict().items() if field not in own}
 
 
+def _measure(
+    config,
+    length: int,
+    rounds: int,
+    quadratic_limit: int,
+    peak: Callable[[], float],
+    on_progress: Callable[[str], None],
+) -> tuple[dict[_Case, dict], dict]:
+    """The facts of every case at one length, and what each that ran took, by round."""
+    programs = {}
+    for name in CONTENDERS:
+        on_progress(f'{name} at N = {length:,}: compiling and warming up')
+        is_too_long = name in VITS and length > quadratic_limit
+        reason = f'longer than --quadratic_limit={quadratic_limit}' if is_too_long else None
+        programs |= _programs(config, length, name, reason)
+    contenders = {
+        case: timing.repeated(programs[case].call)
+        for case in sorted(programs, key=lambda case: list(PASS_NAMES).index(case.which))
+        if programs[case].call
+    }
+    # One a length, so that it is measured in the same seconds as what is divided by it.
+    contenders[length] = peak
+    measured = timing.alternate(
+        contenders,
+        rounds,
+        lambda number: on_progress(f'N = {length:,}: round {number} of {rounds}'),
+    )
+    return {case: program.facts for case, program in programs.items()}, measured
+
+
 def _programs(config, length: int, contender: str, not_run: str | None) -> dict[_Case, _Program]:
     """Both passes of a contender, compiled where `not_run` gives no reason to leave them out."""
     found = {}
@@ -392,8 +411,8 @@ def _free_bytes() -> int | None:
     return 1024 * int(re.search(r'MemAvailable: +(\d+)', text)[1])
 
 
-def _row(case: _Case, programs: Mapping[_Case, _Program], measured: Mapping) -> dict:
-    facts = programs[case].facts
+def _row(case: _Case, facts: Mapping[_Case, dict], measured: Mapping) -> dict:
+    own = facts[case]
     image_size, patch_size = image_and_patch_size(case.length)
     row = {
         'length': case.length,
@@ -402,18 +421,18 @@ def _row(case: _Case, programs: Mapping[_Case, _Program], measured: Mapping) -> 
         'batch_size': batch_size(case.length),
         'image_size': image_size,
         'patch_size': patch_size,
-        **facts,
+        **own,
     }
     vits = {name: case._replace(contender=name) for name in VITS}
     if case.contender in PERFORMERS:
         row['flop_ratios'] = {
-            name: facts['gflop_per_image'] / programs[vit_].facts['gflop_per_image']
+            name: own['gflop_per_image'] / facts[vit_]['gflop_per_image']
             for name, vit_ in vits.items()
         }
     if case not in measured:
         return row
     rates = [batch_size(case.length) / seconds for seconds in measured[case]]
-    gflops = [facts['gflop_per_image'] * rate for rate in rates]
+    gflops = [own['gflop_per_image'] * rate for rate in rates]
     row |= {
         'seconds_per_image': timing.spread([1 / rate for rate in rates]),
         'images_per_second': timing.spread(rates),
