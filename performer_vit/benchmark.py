@@ -310,10 +310,6 @@ def _tokens() -> dict:
     )
 
 
-def _draw_tokens(values: dict, path: pathlib.Path) -> None:
-    figures.save(figures.model_speed(values), path.with_suffix('.png'), num_colours=128)
-
-
 BENCHMARKS = {
     'train_step': Benchmark(
         ('config', 'rounds', 'peers'),
@@ -327,7 +323,7 @@ BENCHMARKS = {
         ('config', 'lengths', 'quadratic_limit', 'rounds'),
         _tokens,
         model_speed.table,
-        _draw_tokens,
+        figures.save_model_speed,
     ),
     'attention': Benchmark(
         ('lengths', 'num_features', 'causal', 'peers', 'memory', 'quadratic_limit', 'rounds'),

@@ -1041,3 +1041,8 @@ def model_speed(measured: dict) -> Figure:
         drawn |= dict(zip(labels, handles, strict=True))
     _legend_below(figure, list(drawn.values()), list(drawn), columns=4)
     return figure
+
+
+def save_model_speed(measured: dict, path: str | os.PathLike) -> None:
+    """Writes `model_speed` as a PNG beside the JSON file `path` of the study."""
+    save(model_speed(measured), Path(path).with_suffix('.png'), num_colours=128)

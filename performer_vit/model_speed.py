@@ -124,9 +124,9 @@ def study(
     peak = timing.matmul_peak()
     facts, measured = {}, {}
     for length in lengths:
-        found = _measure(config, length, rounds, quadratic_limit, peak, on_progress)
-        facts |= found[0]
-        measured |= found[1]
+        own, seconds = _measure(config, length, rounds, quadratic_limit, peak, on_progress)
+        facts |= own
+        measured |= seconds
     figures = {
         'settings': {
             'lengths': lengths,
@@ -283,9 +283,10 @@ def _measure(
         reason = f'longer than --quadratic_limit={quadratic_limit}' if is_too_long else None
         programs |= _programs(config, length, name, reason)
     contenders = {
-        case: timing.repeated(programs[case].call)
-        for case in sorted(programs, key=lambda case: list(PASS_NAMES).index(case.which))
-        if programs[case].call
+        case: timing.repeated(program.call)
+        for which in PASS_NAMES
+        for case, program in programs.items()
+        if case.which == which and program.call
     }
     # One a length, so that it is measured in the same seconds as what is divided by it.
     contenders[length] = peak

@@ -172,10 +172,10 @@ def train_step_table(path: pathlib.Path) -> str:
         'config', 'parameters', 'GFLOP an image', 'images/s', 'GFLOP/s', 'of the peak',
         "whole loop's images/s", "PyTorch's images/s", 'times as fast as PyTorch',
     )  # fmt: skip
+    peers = ('torch_images_per_second', '{:.1f}'), ('bare_step_over_torch', '{:.2f}')
     rows = [(file, workdir.read_json(file)) for file in _files(path)]
     lines = []
     for file, row in rows:
-        peers = ('torch_images_per_second', '{:.1f}'), ('bare_step_over_torch', '{:.2f}')
         lines.append([
             f'`{file.stem}`',
             f'{row["num_params"]:,}',
@@ -274,8 +274,7 @@ def _draw_comparison(path: pathlib.Path) -> None:
 
 
 def _draw_tokens(path: pathlib.Path) -> None:
-    drawn = figures.model_speed(workdir.read_json(path))
-    figures.save(drawn, path.with_suffix('.png'), num_colours=128)
+    figures.save_model_speed(workdir.read_json(path), path)
 
 
 def _draw_nothing(path: pathlib.Path) -> None:

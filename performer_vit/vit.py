@@ -78,7 +78,7 @@ def largest(x: jax.Array) -> jax.Array:
     """The largest over all places: (B, h, w, c) → (B, c).
 
     By halves, and not by `max`: its gradient goes where x equals the maximum, and compiled code
-    that computes x once more rounds it otherwise and finds it nowhere.
+    that computes x once more may round it otherwise and find it nowhere.
     """
     x = x.reshape(x.shape[0], -1, x.shape[-1])
     while x.shape[1] > 1:
