@@ -1,4 +1,4 @@
-"""Trains and evaluates: python run.py --config=configs/performer_relu.py [--mode=train]."""
+"""Trains, evaluates, compares: python run.py --config=configs/performer_relu.py [--mode=train]."""
 
 import os
 
@@ -15,42 +15,83 @@ _CONFIG = config_flags.DEFINE_config_file(
 _WORKDIR = flags.DEFINE_string(
     'workdir', None, 'Directory of the run; default: runs/<data set>/<config and its changes>.'
 )
+# What each mode does, and whether it reads a finished run or trains from a --config.
+_MODES = {
+    'train': 'train, test and report',
+    'evaluate': 'test and report again, from a --workdir',
+    'inspect': 'draw what the model of a --workdir attends to and which errors it makes',
+    'crossval': 'train and score on each of dataset.num_folds folds in turn',
+    'compare': 'train several configs with several seeds, see configs/comparisons/',
+    'ablate': 'train a config and changes of it, one at a time, see configs/ablations/',
+    'sweep': 'search for hyperparameters, see configs/sweeps/',
+}
+_READING = ('evaluate', 'inspect')
+# Modes whose configs have a section of that name, and where such configs are.
+_SECTIONS = {
+    'compare': 'configs/comparisons/',
+    'ablate': 'configs/ablations/',
+    'sweep': 'configs/sweeps/',
+}
 _MODE = flags.DEFINE_enum(
-    'mode', 'train', ['train', 'evaluate'],
-    'train: train, test and report. evaluate: test and report again, from a --workdir.',
-)  # fmt: skip
+    'mode', 'train', list(_MODES), '. '.join(f'{mode}: {what}' for mode, what in _MODES.items())
+)
 
 
 def _main(argv: list[str]) -> None:
-    if len(argv) > 1:
-        fail(f'unknown arguments {argv[1:]}; all are flags: --config=FILE --workdir=DIR …')
-    evaluates = _MODE.value == 'evaluate'
-    config_flag = flags.FLAGS['config']
-    if evaluates and not _WORKDIR.value:
-        fail('--mode=evaluate needs the --workdir=DIR of a run to evaluate.')
-    if evaluates and config_flag.present:
-        fail(
-            '--mode=evaluate takes its config from the workdir: leave --config out, or train it '
-            'with --mode=train.'
-        )
-    if not evaluates and not config_flag.present:
-        fail('--config is missing; an example is --config=configs/performer_relu.py')
+    mode, config_flag = _MODE.value, flags.FLAGS['config']
+    _check_flags(argv, mode, config_flag)
 
     # The log of TensorFlow and of JAX's start says nothing about the user's run.
     logging.set_verbosity(logging.ERROR)
     os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')
     # Orbax, scikit-learn and matplotlib take seconds to import; a mistyped flag should not.
-    from performer_vit import evaluate, train, workdir
+    from performer_vit import crossval, evaluate, inspection, sweep, train, variants, workdir
 
+    actions = {
+        'train': train.train,
+        'evaluate': evaluate.evaluate_run,
+        'inspect': inspection.inspect_run,
+        'crossval': crossval.cross_validate,
+        'compare': variants.compare,
+        'ablate': variants.ablate,
+        'sweep': sweep.sweep,
+    }
     try:
-        if evaluates:
-            evaluate.evaluate_run(_WORKDIR.value)
+        if mode in _READING:
+            actions[mode](_WORKDIR.value)
             return
         path, _, arguments = config_flags.get_config_filename(config_flag).partition(':')
         overrides = config_flags.get_override_values(config_flag)
-        train.train(_CONFIG.value, _WORKDIR.value, workdir.run_name(path, arguments, overrides))
+        name = workdir.run_name(path, arguments, overrides)
+        actions[mode](_CONFIG.value, _WORKDIR.value, name)
     except (BadInput, FloatingPointError) as error:
         fail(error)
+
+
+def _check_flags(argv: list[str], mode: str, config_flag) -> None:
+    """Ends the command where its flags do not go together."""
+    if len(argv) > 1:
+        fail(f'unknown arguments {argv[1:]}; all are flags: --config=FILE --workdir=DIR …')
+    if mode in _READING:
+        if not _WORKDIR.value:
+            fail(f'--mode={mode} needs the --workdir=DIR of a run to {mode}.')
+        if config_flag.present:
+            fail(
+                f'--mode={mode} takes its config from the workdir: leave --config out, or train it '
+                'with --mode=train.'
+            )
+        return
+    if not config_flag.present:
+        fail('--config is missing; an example is --config=configs/performer_relu.py')
+    sections = [section for section in _SECTIONS if section in _CONFIG.value]
+    if mode in _SECTIONS and mode not in sections:
+        fail(
+            f'--mode={mode} needs a config with a section `{mode}`, such as those of '
+            f'{_SECTIONS[mode]}.'
+        )
+    for section in sections:
+        if section != mode:
+            fail(f'this config has a section `{section}` and is for --mode={section} alone.')
 
 
 if __name__ == '__main__':

@@ -31,10 +31,13 @@ setup(
         'ml-collections>=1.1',
         'numpy>=2.4',
         'optax>=0.2.8',
+        'optuna>=5.0',
         'orbax-checkpoint>=0.12.8',
         'requests>=2.32',
         'scikit-learn>=1.9',
         'scipy>=1.16',
+        'sqlalchemy>=2.1',
+        'tabulate>=0.10',
         # clu.metric_writers imports it, and TensorFlow no longer brings it.
         'tensorboard>=2.21',
         # Reads the prepared data sets and writes TensorBoard's files; it never computes anything
@@ -47,6 +50,10 @@ setup(
     extras_require={
         'test': [
             'hypothesis>=6.170',
+            # The notebooks are executed: by nbclient, in a kernel.
+            'ipykernel>=7.4',
+            'nbclient>=0.11',
+            'nbformat>=5.11',
             'pillow>=12',
             'pytest>=9.2',
             'pytest-xdist>=3.8',
@@ -54,7 +61,9 @@ setup(
         ],
         # Peers to measure against; nothing in the package imports them otherwise.
         'bench': ['performer-pytorch>=1.1.4', 'torch>=2.13'],
-        'colab': ['ipykernel>=7', 'nbclient>=0.11', 'notebook>=7.5'],
+        # For the notebooks on a machine of one's own; Colab has these in versions of its own, and
+        # must keep them.
+        'colab': ['ipykernel>=7.4', 'notebook>=7.5'],
         'cuda': ['jax[cuda13]>=0.10.2'],
     },
 )

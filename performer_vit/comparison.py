@@ -1,8 +1,7 @@
 """Several runs side by side: mean and spread over seeds, paired differences, what they support.
 
-A run is the content of its `results.json`. Runs of one comparison differ in the attention kernel
-and in the seed alone. A pair is two runs of the same seed: they begin with the same weights and see
-the same images in the same order.
+A run is the content of its `results.json`. A pair is two runs of the same seed: they see the same
+images in the same order and, where their weights have the same shapes, begin with the same ones.
 """
 
 import statistics
@@ -14,10 +13,14 @@ from performer_vit import workdir
 from performer_vit.errors import BadInput
 
 CONFIDENCE = 0.95
+NOTHING = '–'  # In a table, what was not measured or has no spread.
 
 # What runs of one comparison may differ in: the kernel with the fields that only its own features
 # have, the seed, and where files lie.
 _FREE = ('model.attention.', 'seed', 'dataset.data_dir', 'dataset.fallback', 'checkpoint.')
+
+
+_TIMES = ('train_seconds_per_epoch', 'images_per_second', 'inference_seconds')
 
 
 def check_one_factor(rows: Sequence[Mapping]) -> None:
@@ -39,27 +42,34 @@ def check_one_factor(rows: Sequence[Mapping]) -> None:
             )
 
 
-def by_kernel(rows: Sequence[Mapping]) -> dict[str, dict[int, Mapping]]:
-    """The runs of each kernel by seed, kernels in the order of their first run.
+def by_seed(rows: Sequence[Mapping], field: str = 'kernel') -> dict[str, dict[int, Mapping]]:
+    """The runs of each model by seed, models in the order of their first run.
+
+    Args:
+      rows: runs.
+      field: of a run, the name of its model.
 
     Raises:
-      BadInput: two runs of the same kernel and seed.
+      BadInput: two runs of the same model and seed.
     """
     models: dict[str, dict[int, Mapping]] = {}
     for row in rows:
-        seeds = models.setdefault(row['kernel'], {})
+        seeds = models.setdefault(row[field], {})
         if row['seed'] in seeds:
             raise BadInput(
-                f'there are two runs with kernel {row["kernel"]!r} and seed {row["seed"]}: take '
-                'one of them away.'
+                f'there are two runs with {field} {row[field]!r} and seed {row["seed"]}: take one '
+                'of them away.'
             )
         seeds[row['seed']] = row
     return models
 
 
-def mean_and_deviation(values: Sequence[float]) -> tuple[float, float | None]:
-    """Mean, and the standard deviation of the sample (n − 1); None of a single value."""
-    return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None
+def mean_and_deviation(values: Sequence[float]) -> tuple[float | None, float | None]:
+    """Mean and standard deviation of the sample (n − 1); None of too few values."""
+    return (
+        statistics.fmean(values) if values else None,
+        statistics.stdev(values) if len(values) > 1 else None,
+    )
 
 
 def paired(values: Mapping[int, float], baseline: Mapping[int, float]) -> dict | None:
@@ -94,6 +104,23 @@ def paired(values: Mapping[int, float], baseline: Mapping[int, float]) -> dict |
     }
 
 
+def interval_of_folds(values: Sequence[float]) -> tuple[float, float]:
+    """The interval of the expected score of a k-fold cross-validation, with `CONFIDENCE`.
+
+    mean ± t_{k-1} · s · √(1/k + 1/(k-1)). Two folds' models share most of their training images, so
+    their scores are not independent, and s/√k is too small. The second term, the ratio of scored to
+    training images, makes up for that (Nadeau and Bengio 2003, "Inference for the generalization
+    error"). No estimate of that variance is unbiased, so the interval is approximate.
+
+    Args:
+      values: the score of each of the k ≥ 2 folds.
+    """
+    k = len(values)
+    mean, deviation = mean_and_deviation(values)
+    reach = stats.t.ppf((1 + CONFIDENCE) / 2, k - 1) * deviation * (1 / k + 1 / (k - 1)) ** 0.5
+    return float(mean - reach), float(mean + reach)
+
+
 def holm(p_values: Mapping[str, float]) -> dict[str, float]:
     """p-values corrected for their number: the chance of one false claim or more stays p.
 
@@ -110,20 +137,131 @@ def holm(p_values: Mapping[str, float]) -> dict[str, float]:
 def against(
     models: Mapping[str, Mapping[int, Mapping]], baseline: str, quantity: str
 ) -> dict[str, dict]:
-    """What `paired` says of every other kernel against `baseline`, with `holm_p` beside `p`.
+    """What `paired` says of every other model against `baseline`, with `holm_p` beside `p`.
 
     Args:
-      models: see `by_kernel`.
-      baseline: a kernel.
+      models: see `by_seed`.
+      baseline: the name of a model.
       quantity: a field of `results.json`; runs without it are left out.
     """
     values = {
-        kernel: {seed: row[quantity] for seed, row in seeds.items() if row[quantity] is not None}
-        for kernel, seeds in models.items()
+        name: {seed: row[quantity] for seed, row in seeds.items() if row[quantity] is not None}
+        for name, seeds in models.items()
     }
-    results = {
-        kernel: paired(values[kernel], values[baseline]) for kernel in values if kernel != baseline
+    results = {name: paired(values[name], values[baseline]) for name in values if name != baseline}
+    results = {name: result for name, result in results.items() if result is not None}
+    corrected = holm({name: result['p'] for name, result in results.items()})
+    return {name: {**result, 'holm_p': corrected[name]} for name, result in results.items()}
+
+
+def summary(
+    models: Mapping[str, Mapping[int, Mapping]], baseline: str | None, quantity: str
+) -> list[dict]:
+    """What a comparison says of each model, in numbers.
+
+    Args:
+      models: see `by_seed`.
+      baseline: the name of the model that the others are compared with, if it is there.
+      quantity: the field of `results.json` that is compared, an accuracy from 0 to 1.
+
+    Returns:
+      A row for each model: its name as `model`, the number of `runs`; of `quantity`,
+      `train_seconds_per_epoch`, `inference_seconds` and `images_per_second` the mean over the seeds
+      under their own names and the standard deviation under NAME_deviation; `difference`, the mean
+      difference from the baseline over the seeds that both have, with `difference_low`,
+      `difference_high` and `holm_p`, see `against`, where these are two or more; `num_params` and
+      `train_gflop_per_image`. What was not measured, or has no spread, is None.
+    """
+    compared = against(models, baseline, quantity) if baseline in models else {}
+    rows = []
+    for name, seeds in models.items():
+        runs, found = list(seeds.values()), compared.get(name, {})
+        shared = set() if name == baseline else set(seeds) & set(models.get(baseline, ()))
+        differences = [seeds[seed][quantity] - models[baseline][seed][quantity] for seed in shared]
+        row = {'model': name, 'runs': len(runs)}
+        for field in (quantity, *_TIMES):
+            values = [run[field] for run in runs if run.get(field) is not None]
+            row[field], row[f'{field}_deviation'] = mean_and_deviation(values)
+        row |= {
+            'difference': mean_and_deviation(differences)[0],
+            'difference_low': found.get('low'),
+            'difference_high': found.get('high'),
+            'holm_p': found.get('holm_p'),
+            'num_params': runs[0]['num_params'],
+            'train_gflop_per_image': runs[0]['train_gflop_per_image'],
+        }
+        rows.append(row)
+    return rows
+
+
+def table(
+    rows: Sequence[Mapping], names: Mapping[str, str], baseline: str | None, quantity: str
+) -> tuple[list[str], list[list[str]]]:
+    """The rows of `summary` as the head and the lines of a table to read.
+
+    A column in which nothing was measured is left out.
+
+    Args:
+      rows: from `summary`.
+      names: what each model is called in the table.
+      baseline, quantity: those of `summary`.
+    """
+    # Digits take a fraction of a second an epoch, where whole seconds would say nothing.
+    shortest = min(row['train_seconds_per_epoch'] for row in rows)
+    seconds = '{:.0f}' if shortest >= 10 else '{:.2f}'
+    minus = f'minus the {names[baseline]}' if baseline in names else 'difference'
+    cells = {
+        'model': [names[row['model']] for row in rows],
+        'seeds': [str(row['runs']) for row in rows],
+        quantity.replace('_', ' '): [percent(row, quantity) for row in rows],
+        minus: [_text(row['difference'], '{:+.2f}', 100) for row in rows],
+        '95 % interval': [_interval(row) for row in rows],
+        'p (Holm)': [_text(row['holm_p'], '{:.2g}') for row in rows],
+        's/epoch': [spread(row, 'train_seconds_per_epoch', seconds) for row in rows],
+        'images/s': [spread(row, 'images_per_second', '{:,.0f}') for row in rows],
+        'inference s': [spread(row, 'inference_seconds', '{:.1f}') for row in rows],
+        'parameters': [f'{row["num_params"]:,}' for row in rows],
+        'GFLOP an image': [_text(row['train_gflop_per_image'], '{:.3f}') for row in rows],
     }
-    results = {kernel: result for kernel, result in results.items() if result is not None}
-    corrected = holm({kernel: result['p'] for kernel, result in results.items()})
-    return {kernel: {**result, 'holm_p': corrected[kernel]} for kernel, result in results.items()}
+    cells = {head: column for head, column in cells.items() if set(column) != {NOTHING}}
+    return list(cells), [list(line) for line in zip(*cells.values(), strict=True)]
+
+
+def spread(row: Mapping, field: str, pattern: str, scale: float = 1) -> str:
+    """'mean ± standard deviation' of a field of a row of `summary`, as much of it as there is."""
+    mean, deviation = row[field], row[f'{field}_deviation']
+    text = _text(mean, pattern, scale)
+    return text if deviation is None else f'{text} ± {pattern.format(scale * deviation)}'
+
+
+def percent(row: Mapping, field: str) -> str:
+    """`spread` of a share from 0 to 1, in percent with two decimals."""
+    text = spread(row, field, '{:.2f}', 100)
+    return text if text == NOTHING else f'{text} %'
+
+
+def verdict(rows: Sequence[Mapping], names: Mapping[str, str], baseline: str) -> str | None:
+    """The differences that the rows of `summary` support, as a sentence; None without any."""
+    compared = [row for row in rows if row['holm_p'] is not None]
+    supported = [
+        f'{names[row["model"]]} {"above" if row["difference"] > 0 else "below"} the '
+        f'{names[baseline]}'
+        for row in compared
+        if row['holm_p'] < 1 - CONFIDENCE
+    ]
+    if not compared:
+        return None
+    return (
+        f'Differences from the {names[baseline]} that the data support, all of them together with '
+        f'{CONFIDENCE:.0%} confidence (Holm): {", ".join(supported) or "none"}.'
+    ).replace('%', ' %')
+
+
+def _text(value: float | None, pattern: str, scale: float = 1) -> str:
+    return NOTHING if value is None else pattern.format(scale * value)
+
+
+def _interval(row: Mapping) -> str:
+    if row['difference_low'] is None:
+        return NOTHING
+    return f'{100 * row["difference_low"]:+.2f} to {100 * row["difference_high"]:+.2f}'

@@ -64,7 +64,7 @@ class Dataset:
         class_names: one name per class.
         train: the training part.
         validation: the held-out part of the training set, or None where all of it is trained on.
-        test: the test set.
+        test: the test set, or None where it is kept away.
         mean: (c,) float32, per-channel mean of train/255.
         std: (c,) float32, per-channel standard deviation of train/255.
         flip: whether a mirrored image keeps its label.
@@ -74,7 +74,7 @@ class Dataset:
     class_names: tuple[str, ...]
     train: Split
     validation: Split | None
-    test: Split
+    test: Split | None
     mean: np.ndarray
     std: np.ndarray
     flip: bool
@@ -104,6 +104,8 @@ def load(
     fallback: str = 'digits',
     validation_fraction: float = 0.2,
     split_seed: int = 0,
+    num_folds: int = 5,
+    fold: int = -1,
     notify: Callable[[str], None] = _print_to_stderr,
 ) -> Dataset:
     """Reads a data set into memory and splits its training set.
@@ -126,6 +128,9 @@ def load(
         validation_fraction: part of the training set held out, stratified by class, in [0, 1);
             0 means that all of it is trained on and `validation` is None.
         split_seed: the split is a pure function of it.
+        num_folds: so many parts of equal size, each stratified by class, if `fold` is one of them.
+        fold: from 0 on: this part of the training set is held out, whatever `validation_fraction`
+            is; -1: none.
         notify: gets the notice of the fallback, a text of several lines.
 
     Returns:
@@ -133,14 +138,20 @@ def load(
 
     Raises:
         BadInput: unknown name or fallback; a named directory without the data set; a truncated or
-            corrupt prepared data set; a fraction or seed out of range; no data with `fallback`
-            'none'.
+            corrupt prepared data set; a fraction, seed or fold out of range, more folds than the
+            smallest class has images; no data with `fallback` 'none'.
     """
     choose('dataset.name', name, DATASETS)
     choose('dataset.fallback', fallback, FALLBACKS)
-    _check_split(validation_fraction, split_seed)
+    held_out = {
+        'validation_fraction': validation_fraction,
+        'split_seed': split_seed,
+        'num_folds': num_folds,
+        'fold': fold,
+    }
+    _check_split(**held_out)
     if name == 'digits':
-        return _digits(validation_fraction, split_seed)
+        return _digits(held_out)
     try:
         class_names, train, test = _read_prepared(name, _prepared_directory(name, data_dir))
     except _Unavailable as reason:
@@ -148,16 +159,8 @@ def load(
         if fallback == 'none' or _named_directory(data_dir):
             raise BadInput(sentence) from None
         notify(_notice(sentence))
-        return _digits(validation_fraction, split_seed)
-    return from_arrays(
-        name,
-        class_names,
-        *train,
-        *test,
-        validation_fraction=validation_fraction,
-        split_seed=split_seed,
-        flip=True,
-    )
+        return _digits(held_out)
+    return from_arrays(name, class_names, *train, *test, flip=True, **held_out)
 
 
 def from_arrays(
@@ -170,6 +173,8 @@ def from_arrays(
     *,
     validation_fraction: float = 0.2,
     split_seed: int = 0,
+    num_folds: int = 5,
+    fold: int = -1,
     flip: bool = False,
 ) -> Dataset:
     """Makes a `Dataset` of arrays in memory, after checking them.
@@ -181,8 +186,7 @@ def from_arrays(
         train_labels: (n,) integers from 0 to len(class_names) - 1.
         test_images: (m, h, w, c) uint8.
         test_labels: (m,) integers, as `train_labels`.
-        validation_fraction: see `load`.
-        split_seed: see `load`.
+        validation_fraction, split_seed, num_folds, fold: see `load`.
         flip: whether a mirrored image keeps its label.
 
     Returns:
@@ -192,10 +196,10 @@ def from_arrays(
     Raises:
         BadInput: NaN or infinite values, images that are not uint8 or not (n, h, w, c), no images,
             labels out of range or of another length, train and test images of different shape, a
-            class with too few images to split, a fraction or seed out of range.
+            class with too few images to split, a fraction, seed or fold out of range.
     """
     class_names = tuple(class_names)
-    _check_split(validation_fraction, split_seed)
+    _check_split(validation_fraction, split_seed, num_folds, fold)
     full = _check('train', train_images, train_labels, len(class_names))
     test = _check('test', test_images, test_labels, len(class_names))
     if full.images.shape[1:] != test.images.shape[1:]:
@@ -203,12 +207,15 @@ def from_arrays(
             f'The train images have the shape {full.images.shape[1:]} and the test images '
             f'{test.images.shape[1:]}; both must be the same (h, w, c). Resize one of them.'
         )
-    train, validation = _split(full, validation_fraction, split_seed)
+    if fold >= 0:
+        train, validation = _hold_out_fold(full, num_folds, fold, split_seed)
+    else:
+        train, validation = _split(full, validation_fraction, split_seed)
     mean, std = _statistics(train.images)
     return Dataset(name, class_names, train, validation, test, mean, std, flip)
 
 
-def _check_split(validation_fraction: float, split_seed: int) -> None:
+def _check_split(validation_fraction: float, split_seed: int, num_folds: int, fold: int) -> None:
     if not 0 <= validation_fraction < 1:
         raise BadInput(
             f'dataset.validation_fraction is {validation_fraction!r}; allowed are numbers from 0 '
@@ -218,6 +225,16 @@ def _check_split(validation_fraction: float, split_seed: int) -> None:
         raise BadInput(
             f'The seed of the split is {split_seed!r}; allowed are integers from 0 to 2**32 - 1. '
             'Choose one of these.'
+        )
+    if num_folds < 2:
+        raise BadInput(
+            f'dataset.num_folds is {num_folds}; one fold is held out and the others are trained '
+            'on, so set it to 2 or more.'
+        )
+    if not -1 <= fold < num_folds:
+        raise BadInput(
+            f'dataset.fold is {fold}; allowed are 0 to {num_folds - 1}, since dataset.num_folds is '
+            f'{num_folds}, and -1 for none.'
         )
 
 
@@ -269,13 +286,34 @@ def _split(full: Split, fraction: float, seed: int) -> tuple[Split, Split | None
     except ValueError as error:
         raise BadInput(_too_few(full, fraction, str(error))) from None
     # Sorted, the split is a set of images: their order in training is the batch order's business.
-    parts = [Split(full.images[i], full.labels[i]) for i in map(np.sort, (kept, held_out))]
+    parts = [_part(full, indices) for indices in map(np.sort, (kept, held_out))]
     classes = np.unique(full.labels)
     for part in parts:
         missing = np.setdiff1d(classes, part.labels)
         if len(missing):
             raise BadInput(_too_few(full, fraction, f'class {missing[0]} is in one part only'))
     return parts[0], parts[1]
+
+
+def _part(full: Split, indices: np.ndarray) -> Split:
+    return Split(full.images[indices], full.labels[indices])
+
+
+def _hold_out_fold(full: Split, num_folds: int, fold: int, seed: int) -> tuple[Split, Split]:
+    """All folds but one, and that one: stratified, a pure function of (labels, folds, seed)."""
+    from sklearn.model_selection import StratifiedKFold
+
+    classes, counts = np.unique(full.labels, return_counts=True)
+    if counts.min() < num_folds:
+        raise BadInput(
+            f'dataset.num_folds is {num_folds}, but class {classes[counts.argmin()]} has only '
+            f'{counts.min()} training images, and each fold needs one of each class: set '
+            f'dataset.num_folds to {counts.min()} or less, or give more images.'
+        )
+    splitter = StratifiedKFold(num_folds, shuffle=True, random_state=seed)
+    folds = list(splitter.split(np.zeros(len(full)), full.labels))
+    kept, held_out = folds[fold]
+    return _part(full, kept), _part(full, held_out)
 
 
 def _too_few(full: Split, fraction: float, reason: str) -> str:
@@ -305,11 +343,12 @@ def _statistics(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return (mean / 255).astype(np.float32), (np.maximum(std, 1) / 255).astype(np.float32)
 
 
-def _digits(validation_fraction: float, split_seed: int) -> Dataset:
+def _digits(held_out: dict) -> Dataset:
     """The 1,797 handwritten 8×8 digits embedded in scikit-learn, as 32×32×3.
 
     Source: Alpaydin and Kaynak, "Optical recognition of handwritten digits", UCI repository, 1998.
-    A fixed, stratified fifth of them is the test set, whatever `split_seed` is.
+    A fixed, stratified fifth of them is the test set, whatever `held_out` is: what `from_arrays`
+    holds out of the others for validation.
     """
     from sklearn.datasets import load_digits
 
@@ -324,9 +363,8 @@ def _digits(validation_fraction: float, split_seed: int) -> Dataset:
         train.labels,
         test.images,
         test.labels,
-        validation_fraction=validation_fraction,
-        split_seed=split_seed,
         flip=False,
+        **held_out,
     )
 
 

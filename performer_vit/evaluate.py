@@ -5,6 +5,7 @@ nats, accuracies are fractions from 0 to 1; only printed text turns them into pe
 model's weights the report looks at fθ's alone, to say which kernel it has learnt.
 """
 
+import collections
 import math
 import os
 from collections.abc import Mapping, Sequence
@@ -19,7 +20,6 @@ from ml_collections import ConfigDict
 from sklearn.metrics import classification_report
 
 from performer_vit import (
-    augment,
     checkpoints,
     datasets,
     environment,
@@ -219,7 +219,7 @@ def report(labels: np.ndarray, log_probabilities: np.ndarray, class_names: Seque
     }
     if num_classes > 5:
         result['top5_accuracy'] = top_k_accuracy(labels, log_probabilities, 5)
-    return _plain(result)
+    return plain(result)
 
 
 def summary_table(results: dict) -> str:
@@ -295,7 +295,7 @@ def write_report(
     """
     made = report(labels, log_probabilities, class_names)
     results = {
-        **_plain(results),
+        **plain(results),
         'test_accuracy': made['accuracy'],
         'test_loss': made['loss'],
         'class_names': list(made['per_class']),
@@ -440,26 +440,26 @@ def _query_and_key_norms(
     def root_mean_square(x):
         return jnp.sqrt(jnp.mean(jnp.sum(jnp.square(x.astype(jnp.float32)), axis=-1)))
 
+    attention = predict.make_attention(model, dataset)
+
     @jax.jit
     def norms(variables, images):
-        images = augment.normalize(images, dataset.mean, dataset.std)
-        # The attention maps that are sown besides are not returned, so XLA leaves them out.
-        _, seen = model.apply(
-            variables,
-            images,
-            capture_intermediates=lambda module, _: module.name in ('query', 'key'),
-            mutable=['intermediates'],
-        )
-        blocks = [
-            seen['intermediates'][f'encoder_{i}']['self_attention'] for i in range(model.depth)
-        ]
+        # The attention maps that come besides are not returned, so XLA leaves them out.
+        _, blocks = attention(variables, images)
         return jnp.array([
-            [root_mean_square(block[side]['__call__'][0]) for side in ('query', 'key')]
-            for block in blocks
+            [root_mean_square(block[side]) for side in ('query', 'key')] for block in blocks
         ])  # fmt: skip
 
-    split = dataset.train if dataset.validation is None else dataset.validation
-    return np.asarray(norms(variables, split.images[:PROFILE_IMAGES]))
+    return np.asarray(norms(variables, shown_split(dataset).images[:PROFILE_IMAGES]))
+
+
+def shown_split(dataset: datasets.Dataset) -> datasets.Split:
+    """The split that a trained model is looked at with: the validation split, or the training one.
+
+    The weights have not seen the former, and the test split is for the test; the latter is for data
+    sets without a validation split.
+    """
+    return dataset.train if dataset.validation is None else dataset.validation
 
 
 def flip_averaged(
@@ -479,26 +479,38 @@ def flip_averaged(
     }
 
 
-def evaluate_run(workdir: str | os.PathLike) -> dict:
-    """Tests the checkpoint of a finished run again, and writes its report and figures anew.
+Finished = collections.namedtuple('Finished', 'config results dataset model state initial')
+Finished.__doc__ = """A finished run, as `restore_run` brings it back.
 
-    What training measured stays as it is in results.json, and so do the machine and the versions
-    that belong to it. The test's accuracy, loss and time are those of this evaluation, and so are
-    `evaluation_device` and `evaluation_versions`.
+Attributes:
+    config: the run's, with the data set that it really read.
+    results: the content of results.json.
+    dataset: its data.
+    model: its `vit.VisionTransformer`.
+    state: the `checkpoints.TrainState` that the run had tested.
+    initial: the weights (`params`) that it started from.
+"""
+
+
+def restore_run(workdir: str | os.PathLike) -> Finished:
+    """Brings back a finished run: its config, data and model, and the state that was tested.
 
     Args:
         workdir: of a run that `train.train` finished.
 
-    Returns:
-        The content of results.json.
-
     Raises:
-        BadInput: the workdir holds no finished run, or its data set or checkpoint is not there.
+        BadInput: the workdir cannot be written or holds no finished run, or one that was not
+            tested, or its data set or checkpoint is not there.
     """
     workdir = Path(workdir).absolute()
     run_directory.check_writable(workdir)
     values = run_directory.read_json(workdir / 'config.json')
     results = run_directory.read_json(workdir / 'results.json')
+    if 'tested_step' not in results:
+        raise BadInput(
+            f'{workdir} holds a run that was scored on its validation split and has no tested '
+            'state: give the --workdir of a run of --mode=train.'
+        )
     name = values.pop('dataset_read')
     config = ConfigDict(values)
     with config.unlocked():
@@ -523,7 +535,27 @@ def evaluate_run(workdir: str | os.PathLike) -> dict:
         )
     state, _ = checkpoints.restore(saved, template, step)
     saved.close()
-    learnt = learnt_kernel(config, dataset, model, state.evaluated, template.params)
+    return Finished(config, results, dataset, model, state, template.params)
+
+
+def evaluate_run(workdir: str | os.PathLike) -> dict:
+    """Tests the checkpoint of a finished run again, and writes its report and figures anew.
+
+    What training measured stays as it is in results.json, and so do the machine and the versions
+    that belong to it. The test's accuracy, loss and time are those of this evaluation, and so are
+    `evaluation_device` and `evaluation_versions`.
+
+    Args:
+        workdir: of a run that `train.train` finished.
+
+    Returns:
+        The content of results.json.
+
+    Raises:
+        BadInput: as `restore_run`.
+    """
+    config, results, dataset, model, state, initial = restore_run(workdir)
+    learnt = learnt_kernel(config, dataset, model, state.evaluated, initial)
     state = jax_utils.replicate(state, axis_name='batch')
     forward = predict.compile_forward(model, dataset, state, config.batch_size)
     log_probabilities, seconds = predict.timed(forward, state, dataset.test)
@@ -538,18 +570,18 @@ def evaluate_run(workdir: str | os.PathLike) -> dict:
     results, _ = write_report(
         workdir, results, log_probabilities, dataset.test.labels, dataset.class_names, learnt
     )
-    progress.say(name, summary_table(results))
+    progress.say(dataset.name, summary_table(results))
     return results
 
 
-def _plain(value):
+def plain(value):
     """`value` in the types that JSON knows."""
     if isinstance(value, dict):
-        return {str(key): _plain(item) for key, item in value.items()}
+        return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, np.ndarray | np.generic):
-        return _plain(value.tolist())
+        return plain(value.tolist())
     if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
+        return [plain(item) for item in value]
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value

@@ -56,7 +56,8 @@ _OWN_SIDES = ('heads', 'none')
 
 # A row of W makes two features of these: e^{±w·x}, or the cosine and the sine.
 _PAIRED = ('softmax_hyperbolic', 'softmax_trigonometric')
-_SIGNED = ('softmax_trigonometric', 'identity')
+# Features of both signs: what they imply has negative entries, and is no softmax's matrix.
+SIGNED_KERNELS = ('softmax_trigonometric', 'identity')
 
 # What a kernel must know of the whole sequence: without it no token can be attended to.
 _WHOLE = {
@@ -729,7 +730,7 @@ def _options(
         'key_feature_map': (
             _feature_map(kernel, projection, *key_theta, temperature) if key_theta else None
         ),
-        'signed': kernel in _SIGNED,
+        'signed': kernel in SIGNED_KERNELS,
     }
 
 

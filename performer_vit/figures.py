@@ -9,15 +9,19 @@ Figures are built as `Figure` objects on the Agg canvas, so that drawing needs n
 no global state behind.
 """
 
+import itertools
 import math
 import os
-from collections.abc import Mapping, Sequence
+import zipfile
+import zlib
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
+from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.colors import PowerNorm
+from matplotlib.colors import ListedColormap, LogNorm, PowerNorm
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
@@ -72,6 +76,11 @@ MODEL_NAMES = {
     'mean': 'Mean pooling for attention',
     'none': 'No attention',
 }
+# For what is no kernel: the same colours, in an order that sets neighbours apart.
+VARIANT_COLOURS = (
+    '#0072B2', '#E69F00', '#009E73', '#D55E00', '#56B4E9', '#CC79A7', '#332288', '#999933',
+)  # fmt: skip
+VARIANT_STYLES = (('o', '-'), ('s', '--'), ('^', ':'), ('D', '-.'))
 # For figures of no model in particular: a grey that no model has.
 NEUTRAL = '#595959'
 
@@ -116,6 +125,35 @@ def model_name(kernel: str) -> str:
     """
     choose('kernel', kernel, MODEL_NAMES)
     return MODEL_NAMES[kernel]
+
+
+def variant(row: Mapping) -> str:
+    """What a run is a run of: its variant in a comparison of configs, else its kernel."""
+    return row.get('variant', row['kernel'])
+
+
+def variant_name(name: str) -> str:
+    """The model's name for the name of a kernel; other variants are called what they are."""
+    return MODEL_NAMES.get(name, name)
+
+
+def model_styles(models: Sequence[str]) -> dict[str, dict[str, str]]:
+    """Colour, marker and line style of each model: of a kernel's name its own colour and no others.
+
+    What is no kernel gets colours that no kernel among the models has and, where there are none
+    left, used ones with another marker and line.
+    """
+    taken = [MODEL_COLOURS[model].lower() for model in models if model in MODEL_COLOURS]
+    free = [colour for colour in VARIANT_COLOURS if colour.lower() not in taken]
+    looks = [(colour, *style) for style in VARIANT_STYLES for colour in free]
+    looks += [(colour, *style) for style in VARIANT_STYLES[1:] for colour in VARIANT_COLOURS]
+    others = itertools.cycle(dict.fromkeys(looks))
+    styles = {}
+    for model in models:
+        kernel = MODEL_COLOURS.get(model)
+        colour, marker, line = (kernel, *VARIANT_STYLES[0]) if kernel else next(others)
+        styles[model] = {'color': colour, 'marker': marker, 'linestyle': line}
+    return styles
 
 
 def learning_curves(history: Sequence[dict], title: str, *, colour: str = NEUTRAL) -> Figure:
@@ -164,6 +202,53 @@ def learning_curves(history: Sequence[dict], title: str, *, colour: str = NEUTRA
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8, min_n_ticks=1))
         axes.legend(frameon=False, fontsize=10)
         _tidy(axes)
+    return figure
+
+
+def learning_bands(histories: Mapping[str, Sequence[Sequence[dict]]], title: str) -> Figure:
+    """Validation loss (nats) and accuracy (%) an epoch: means over runs, and their spread.
+
+    Args:
+        histories: for each model the histories of its runs, seeds or folds. A line is their mean, a
+            band ± their standard deviation (n - 1), both as far as all runs of a model came.
+        title: what was run, with the data set.
+    """
+    # Three names a row below the panels.
+    figure = _figure(title, height=4 + len(histories) / 12)
+    loss, accuracy = figure.subplots(1, 2)
+    styles = model_styles(list(histories))
+    most = 1
+    for model, runs in histories.items():
+        common = min(len(run) for run in runs)
+        most = max(most, len(runs))
+        epochs = np.arange(1, common + 1)
+        for axes, field, scale in (
+            (loss, 'validation_loss', 1),
+            (accuracy, 'validation_accuracy', 100),
+        ):
+            values = scale * np.array([
+                [_number(epoch[field]) for epoch in run[:common]] for run in runs
+            ])  # fmt: skip
+            mean = values.mean(axis=0)
+            axes.plot(epochs, mean, **styles[model], markersize=4, linewidth=1.6)
+            if len(runs) > 1:
+                spread = values.std(axis=0, ddof=1)
+                axes.fill_between(
+                    epochs, mean - spread, mean + spread,
+                    color=styles[model]['color'], alpha=BAND, linewidth=0,
+                )  # fmt: skip
+    loss.set_ylabel('validation loss (nats)')
+    accuracy.set_ylabel('validation accuracy (%)')
+    for axes in (loss, accuracy):
+        axes.set_xlabel('epoch')
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        _tidy(axes)
+    handles = [Line2D([], [], **styles[model], linewidth=2, markersize=5) for model in histories]
+    labels = [_short(variant_name(model), 34) for model in histories]
+    if most > 1:
+        handles.append(Patch(color=NEUTRAL, alpha=2 * BAND))
+        labels.append(f'± standard deviation of {most} runs')
+    _legend_below(figure, handles, labels, columns=3)
     return figure
 
 
@@ -401,17 +486,20 @@ def kernel_profiles(
     return figure
 
 
-def comparison(rows: Sequence[dict], title: str) -> Figure:
-    """Test accuracy (%) and training time (s/epoch) of several models, a row each.
+def comparison(rows: Sequence[dict], title: str, quantity: str = 'test_accuracy') -> Figure:
+    """An accuracy (%) and the training time (s/epoch) of several models, a row each.
 
-    Runs of the same kernel, projection and number of features are one model with several seeds or
-    folds: each run is a dot and the mean a bar in the accuracy panel, the label gives mean ±
-    standard deviation (of the sample, n - 1). The time is the mean over the runs.
+    Runs of one variant or, where they have none, of the same kernel, projection and number of
+    features are one model with several seeds or folds: each run is a dot and the mean a bar in the
+    accuracy panel, the label gives mean ± standard deviation (of the sample, n - 1). The time is
+    the mean over the runs.
 
     Args:
         rows: the contents of several results.json, in the order in which they are drawn, the first
-            on top. `kernel`, `dataset`, `test_accuracy` and `train_seconds_per_epoch` are used.
+            on top. `variant`, if it is there, `kernel`, `dataset`, the quantity and
+            `train_seconds_per_epoch` are used.
         title: what is compared, with the data set.
+        quantity: the accuracy, 'test_accuracy' or 'validation_accuracy'.
 
     Raises:
         BadInput: if there are no rows, or they are of different data sets.
@@ -424,16 +512,18 @@ def comparison(rows: Sequence[dict], title: str) -> Figure:
         )
     models: dict[tuple, list[dict]] = {}
     for row in rows:
-        settings = (row['kernel'], row.get('num_features'), row.get('projection'))
+        settings = (variant(row),)
+        if 'variant' not in row:
+            settings = (row['kernel'], row.get('num_features'), row.get('projection'))
         models.setdefault(settings, []).append(row)
-    kernels = [settings[0] for settings in models]
+    variants = [settings[0] for settings in models]
     names = []
-    for kernel, features, projection in models:
-        name = model_name(kernel)
-        if kernels.count(kernel) > 1:
-            name += f'\n{features} features, {projection}'
-        names.append(name)
-    colours = [MODEL_COLOURS[kernel] for kernel in kernels]
+    for name, *features in models:
+        label = variant_name(name)
+        if variants.count(name) > 1:
+            label += '\n{} features, {}'.format(*features)
+        names.append(label)
+    colours = [model_styles(variants)[name]['color'] for name in variants]
 
     figure = _figure(title, height=1.7 + 0.5 * len(models))
     quality, cost = figure.subplots(1, 2, sharey=True)
@@ -445,7 +535,7 @@ def comparison(rows: Sequence[dict], title: str) -> Figure:
     _bars(cost, names, seconds, colours, limit=1.25 * (longest or 1), pattern=f'{{:,.{decimals}f}}')
     cost.set_xlabel('training time (s/epoch)')
     for position, (runs, colour) in enumerate(zip(models.values(), colours, strict=True)):
-        accuracies = 100 * _known(runs, 'test_accuracy')
+        accuracies = 100 * _known(runs, quantity)
         if not accuracies.size:
             left = ('axes fraction', 'data')
             quality.annotate('not measured', (0.03, position), xycoords=left, va='center')
@@ -472,7 +562,7 @@ def comparison(rows: Sequence[dict], title: str) -> Figure:
     ticks = quality.get_xticks()
     quality.set_xticks(ticks[(ticks >= low) & (ticks <= 100)])
     quality.tick_params(axis='y', length=0)
-    quality.set_xlabel('test accuracy (%)')
+    quality.set_xlabel(f'{quantity.replace("_", " ")} (%)')
     _tidy(quality, grid='x')
     return figure
 
@@ -481,22 +571,23 @@ def accuracy_by_time(rows: Sequence[dict]) -> Figure:
     """Validation accuracy (%) against minutes of training, a line a run; a star is the test's.
 
     Args:
-        rows: the contents of several results.json. `kernel`, `dataset`, `test_accuracy`, `device`
-            and `history` are used, and of an epoch of the history its `seconds` and its
-            `validation_accuracy`, None where there is no validation split.
+        rows: the contents of several results.json. `variant`, if it is there, `kernel`, `dataset`,
+            `test_accuracy`, `device` and `history` are used, and of an epoch of the history its
+            `seconds` and its `validation_accuracy`, None where there is no validation split.
 
     Raises:
         BadInput: if there are no rows.
     """
     if not rows:
         raise BadInput('there are no runs; a curve of accuracy against time needs one or more.')
-    kernels = list(dict.fromkeys(row['kernel'] for row in rows))
-    subject = model_name(kernels[0]) if len(kernels) == 1 else 'ViT and Performers'
+    variants = list(dict.fromkeys(variant(row) for row in rows))
+    colours = {name: style['color'] for name, style in model_styles(variants).items()}
+    subject = variant_name(variants[0]) if len(variants) == 1 else 'ViT and Performers'
     dataset = DATASET_NAMES.get(rows[0]['dataset'], rows[0]['dataset'])
     figure = _figure(f'{subject} on {dataset}', height=4.2)
     axes = figure.subplots()
     for row in rows:
-        colour = MODEL_COLOURS[row['kernel']]
+        colour = colours[variant(row)]
         minutes = np.cumsum([epoch['seconds'] for epoch in row['history']]) / 60
         values = [100 * _number(epoch['validation_accuracy']) for epoch in row['history']]
         axes.plot(minutes, values, '-o', color=colour, markersize=4, linewidth=1.6)
@@ -516,13 +607,58 @@ def accuracy_by_time(rows: Sequence[dict]) -> Figure:
     axes.set_xlabel(f'training (minutes on {rows[0]["device"]})')
     axes.set_ylabel('accuracy (%)')
     _tidy(axes)
-    handles = [Line2D([], [], color=MODEL_COLOURS[kernel], linewidth=2) for kernel in kernels]
-    names = [model_name(kernel) for kernel in kernels]
+    handles = [Line2D([], [], color=colours[name], linewidth=2) for name in variants]
+    names = [variant_name(name) for name in variants]
     handles += [
         Line2D([], [], color=NEUTRAL, marker='o', markersize=4),
         Line2D([], [], color=NEUTRAL, marker='*', markersize=12, linestyle='none'),
     ]
     _legend_below(figure, handles, [*names, 'validation', 'test, once at the end'], columns=4)
+    return figure
+
+
+def pareto(rows: Sequence[Mapping], title: str, quantity: str) -> Figure:
+    """An accuracy (%) against the speed of training (images/s); a line joins what nothing beats.
+
+    A model is on the line, the Pareto front, where no other is at least as accurate and as fast,
+    and better in one of the two. Bars are ± one standard deviation over runs.
+
+    Args:
+        rows: of `comparison.summary`, with `images_per_second` and the quantity.
+        title: what is compared, with the data set.
+        quantity: the accuracy, 'test_accuracy' or 'validation_accuracy'.
+    """
+    rows = [row for row in rows if row[quantity] is not None]
+    figure = _figure(title, height=4 + len(rows) / 12)
+    axes = figure.subplots()
+    styles = model_styles([row['model'] for row in rows])
+    for style in styles.values():
+        style['linestyle'] = 'none'  # Points; the line is the front's.
+    points = [(row['images_per_second'], 100 * row[quantity]) for row in rows]
+    front = sorted(
+        (speed, accuracy)
+        for speed, accuracy in points
+        if not any(
+            other[0] >= speed and other[1] >= accuracy and other != (speed, accuracy)
+            for other in points
+        )
+    )
+    axes.plot(*zip(*front, strict=True), '--', color=NEUTRAL, linewidth=1.2, zorder=1)
+    for row, (speed, accuracy) in zip(rows, points, strict=True):
+        axes.errorbar(
+            speed, accuracy,
+            xerr=row['images_per_second_deviation'] or 0,
+            yerr=100 * (row[f'{quantity}_deviation'] or 0),
+            **styles[row['model']], markersize=8, capsize=3,
+        )  # fmt: skip
+    axes.margins(0.12)
+    axes.set_xlabel('training speed (images/s)')
+    axes.set_ylabel(f'{quantity.replace("_", " ")} (%)')
+    _tidy(axes)
+    handles = [Line2D([], [], **styles[row['model']]) for row in rows]
+    handles.append(Line2D([], [], color=NEUTRAL, linestyle='--'))
+    names = [_short(variant_name(row['model']), 34) for row in rows]
+    _legend_below(figure, handles, [*names, 'Pareto front'], columns=3)
     return figure
 
 
@@ -643,22 +779,38 @@ def draw_all(workdir: str | os.PathLike) -> None:
     """
     workdir = Path(workdir)
     results = run_directory.read_json(workdir / 'results.json')
-    predictions = workdir / 'test_predictions.npz'
-    if not predictions.is_file():
-        raise BadInput(
-            f'{predictions} does not exist; figures are drawn from the predictions of a finished '
-            'run. Give the --workdir of a run that has reached its final test.'
-        )
-    tested = run_directory.read_arrays(predictions)
-    learnt = workdir / 'learnt_kernel.npz'
+    labels, log_probabilities = read_predictions(workdir)
     drawn = draw(
-        results,
-        read_history(workdir),
-        tested['log_probabilities'],
-        tested['labels'],
-        run_directory.read_arrays(learnt) if learnt.is_file() else None,
+        results, read_history(workdir), log_probabilities, labels, read_learnt_kernel(workdir)
     )
     save_all(drawn, workdir)
+
+
+def read_predictions(workdir: str | os.PathLike) -> tuple[np.ndarray, np.ndarray]:
+    """The labels (n,) and log-probabilities (n, K) of a workdir's test_predictions.npz.
+
+    Raises:
+        BadInput: the file is missing, or it is not what a finished run wrote.
+    """
+    path = Path(workdir) / 'test_predictions.npz'
+    if not path.is_file():
+        raise BadInput(
+            f'{path} does not exist; figures are drawn from the predictions of a finished '
+            'run. Give the --workdir of a run that has reached its final test.'
+        )
+    try:
+        tested = run_directory.read_arrays(path)
+        return tested['labels'], tested['log_probabilities']
+    except (ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        raise BadInput(
+            f'{path} cannot be read ({error}): restore it, or write it again with --mode=evaluate.'
+        ) from error
+
+
+def read_learnt_kernel(workdir: str | os.PathLike) -> dict[str, np.ndarray] | None:
+    """The arrays of a workdir's learnt_kernel.npz; None where there is no such file."""
+    path = Path(workdir) / 'learnt_kernel.npz'
+    return run_directory.read_arrays(path) if path.is_file() else None
 
 
 def read_history(workdir: str | os.PathLike) -> list[dict]:
@@ -841,11 +993,20 @@ def _tidy(axes: Axes, grid: str = 'y') -> None:
 
 
 def _bars(
-    axes: Axes, names: list[str], values, colours, *, limit: float, pattern: str = '{:.1f}'
+    axes: Axes,
+    names: list[str],
+    values,
+    colours,
+    *,
+    limit: float,
+    pattern: str = '{:.1f}',
+    labels: list[str] | None = None,
 ) -> None:
-    """Horizontal bars from the top down, each with its name and its value."""
+    """Horizontal bars from the top down, each with its name and its value, or with `labels`."""
     bars = axes.barh(range(len(names)), np.nan_to_num(values), color=colours, height=0.75)
-    labels = ['not measured' if math.isnan(value) else pattern.format(value) for value in values]
+    labels = labels or [
+        'not measured' if math.isnan(value) else pattern.format(value) for value in values
+    ]
     size = 10 if len(names) <= 20 else 8.5
     # On white, since a mean's line may pass behind the number.
     box = {'facecolor': 'white', 'edgecolor': 'none', 'pad': 0.6}
@@ -1046,3 +1207,327 @@ def model_speed(measured: dict) -> Figure:
 def save_model_speed(measured: dict, path: str | os.PathLike) -> None:
     """Writes `model_speed` as a PNG beside the JSON file `path` of the study."""
     save(model_speed(measured), Path(path).with_suffix('.png'), num_colours=128)
+
+
+# Looking into a model: attention, its gap to softmax's, errors
+
+ATTENTION_COLOURS = 'RdBu_r'  # White where attention is that of uniform attention.
+LEAST_ATTENTION = 1e-6  # What is less is drawn as this, since 0 has no logarithm.
+MOST_HEAD_ROWS = 12  # of attention maps below one another
+MOST_NUMBERED = 16  # heads whose numbers fit along an axis
+CELL = 0.94  # of its place that a picture fills
+CAPTION = 0.37  # of a place that two lines of text above a picture take
+PICTURES_A_ROW = 5
+CELL_INCHES = 1.53  # of a place of five
+
+
+def draw_inspection(workdir: str | os.PathLike) -> None:
+    """Draws `inspection_figures` from the files in a workdir, as `figures/inspect/NAME.png`.
+
+    Reads `inspection.json`, `inspection.npz` and, if it is there, `learnt_kernel.npz`.
+
+    Raises:
+        BadInput: inspection.json is missing, or its kernel is unknown.
+    """
+    workdir = Path(workdir)
+    numbers = run_directory.read_json(workdir / 'inspection.json')
+    arrays = run_directory.read_arrays(workdir / 'inspection.npz')
+    drawn = inspection_figures(numbers, arrays, read_learnt_kernel(workdir))
+    save_all({f'inspect/{name}': figure for name, figure in drawn.items()}, workdir)
+
+
+def inspection_figures(
+    numbers: Mapping,
+    arrays: Mapping[str, np.ndarray],
+    learnt: Mapping[str, np.ndarray] | None = None,
+) -> dict[str, Figure]:
+    """What is seen inside a run, from the numbers of `inspection.inspect_run`.
+
+    Args:
+        numbers: the content of inspection.json.
+        arrays: those of inspection.npz: S shown `images` (S, h, w, c) uint8 with their `labels`,
+            `predicted` classes and these classes' `probability`; `received` (S, L, H, h', w') and
+            `rollout` (S, h', w'), attention in multiples of uniform attention's; and
+            `misclassified_images`.
+        learnt: the arrays of learnt_kernel.npz, if a kernel was learnt.
+
+    Returns:
+        By name, without those that inspection.json says are left out: `attention_1` and so on,
+        the attention that regions receive from each head, numbered by the first block drawn;
+        `rollout`; `attention_gap`; `learnt_kernel`; `misclassified`; `confused_pairs`.
+
+    Raises:
+        BadInput: if the kernel is unknown.
+    """
+    title = run_title(numbers)
+    colour = MODEL_COLOURS[numbers['kernel']]
+    drawn = {}
+    if numbers['attention'] is not None:
+        blocks, heads = arrays['received'].shape[1:3]
+        step = max(1, MOST_HEAD_ROWS // heads)
+        for first in range(0, blocks, step):
+            drawn[f'attention_{first + 1}'] = received_attention(
+                numbers, arrays, range(first, min(first + step, blocks)), title
+            )
+        drawn['rollout'] = attention_rollout(numbers, arrays, title)
+    if numbers['gap'] is not None:
+        drawn['attention_gap'] = attention_gap(numbers, title)
+    if learnt is not None:
+        named = f'{title}: the learnt kernel'
+        drawn['learnt_kernel'] = kernel_profiles(learnt, named, colour=colour)
+    if numbers['misclassified']:
+        drawn['misclassified'] = misclassified(numbers, arrays['misclassified_images'], title)
+        drawn['confused_pairs'] = confusions(numbers, title, colour=colour)
+    return drawn
+
+
+def received_attention(
+    numbers: Mapping, arrays: Mapping[str, np.ndarray], blocks: range, title: str
+) -> Figure:
+    """The attention that each region of some images receives, a row a head, a column an image.
+
+    In multiples of what it receives from uniform attention; see `_around_one` for the scale.
+
+    Args:
+        numbers, arrays: see `inspection_figures`.
+        blocks: those that are drawn, counted from 0.
+        title: what the figure is about, the model and the data set.
+    """
+    received = np.maximum(arrays['received'][:, blocks], LEAST_ATTENTION)
+    images, _, heads = received.shape[:3]
+    rows = 1 + len(blocks) * heads
+    figure = _figure(f'{title}: attention received', height=1.6 + 0.66 * rows)
+    axes = figure.subplots()
+    norm = _around_one(received)
+    for column in range(images):
+        _picture(axes, column, 0, arrays['images'][column])
+        for row, attention in enumerate(received[column].reshape(-1, *received.shape[3:])):
+            shown = _picture(axes, column, row + 1, attention, cmap=ATTENTION_COLOURS, norm=norm)
+    names = [_short(numbers['class_names'][label], 14) for label in arrays['labels']]
+    slanted = max(map(len, names)) > 10
+    _mosaic(axes, images, rows)
+    axes.set_xticks(
+        np.arange(images) + CELL / 2, names, fontsize=8.5, parse_math=False,
+        rotation=30 if slanted else 0, ha='left' if slanted else 'center', rotation_mode='anchor',
+    )  # fmt: skip
+    axes.xaxis.tick_top()
+    axes.set_xlabel(f'{numbers["attention"]["split"]} images, by their class')
+    labels = [f'block {block + 1}, head {head + 1}' for block in blocks for head in range(heads)]
+    axes.set_yticks(np.arange(rows) + CELL / 2, ['image', *labels], fontsize=9)
+    _scale_of_attention(figure, shown, axes)
+    return figure
+
+
+def attention_rollout(numbers: Mapping, arrays: Mapping[str, np.ndarray], title: str) -> Figure:
+    """Images, and below each the same with its attention rollout over it.
+
+    Args:
+        numbers, arrays: see `inspection_figures`.
+        title: what the figure is about, the model and the data set.
+    """
+    images, names = arrays['images'], numbers['class_names']
+    rows, place = _places(len(images), 2)
+    figure = _figure(f'{title}: attention rollout', height=1.3 + CELL_INCHES * rows)
+    axes = figure.subplots()
+    norm = _around_one(arrays['rollout'])
+    for i, image in enumerate(images):
+        column, top = place(i)
+        true, predicted = (names[arrays[name][i]] for name in ('labels', 'predicted'))
+        _caption(axes, column, top, true, predicted, arrays['probability'][i])
+        _picture(axes, column, top, image)
+        grey = image.mean(axis=-1)
+        _picture(axes, column, top + 1, grey, cmap='gray', vmin=0, vmax=255)
+        shown = _picture(
+            axes, column, top + 1, np.maximum(arrays['rollout'][i], LEAST_ATTENTION),
+            cmap=_see_through(), norm=norm, interpolation='bilinear',
+        )  # fmt: skip
+    _mosaic(axes, PICTURES_A_ROW, rows)
+    axes.set_xlabel(f'{numbers["attention"]["split"]} images: true class → predicted class')
+    _scale_of_attention(figure, shown, axes)
+    return figure
+
+
+def attention_gap(numbers: Mapping, title: str) -> Figure:
+    """How far implied attention is from softmax attention on the same queries and keys, by head.
+
+    Four panels: total variation distance and KL divergence, beside those of uniform attention; the
+    entropy of all three; the correlation. Bars are standard deviations over images.
+
+    Args:
+        numbers: the content of inspection.json.
+        title: what the figure is about, the model and the data set.
+    """
+    rows, kernel = numbers['gap']['heads'], numbers['kernel']
+    blocks, heads = (max(row[part] for row in rows) for part in ('block', 'head'))
+    numbered = len(rows) <= MOST_NUMBERED
+    size = 5.5 if numbered else 3.5
+    styles = {
+        'own': {'color': MODEL_COLOURS[kernel], 'marker': 'o', 'markersize': size},
+        'exact': {'color': MODEL_COLOURS['exact'], 'marker': 's', 'markersize': size},
+        'uniform': {
+            'color': NEUTRAL, 'marker': 'D', 'markersize': size, 'markerfacecolor': 'white',
+        },
+    }  # fmt: skip
+    panels = {
+        'total variation distance': {
+            'own': 'total_variation', 'uniform': 'uniform_total_variation',
+        },
+        'KL divergence (nats)': {'own': 'kl_divergence', 'uniform': 'uniform_kl_divergence'},
+        'entropy (nats)': {'own': 'entropy', 'exact': 'exact_entropy'},
+        'correlation': {'own': 'correlation'},
+    }  # fmt: skip
+    figure = _figure(f'{title}: gap to softmax attention', height=6)
+    # A place for each head, and one between blocks.
+    places = np.array([row['block'] * (heads + 1) + row['head'] for row in rows])
+    grid = figure.subplots(2, 2, sharex=True)
+    grid[1, 0].axhline(numbers['gap']['uniform_entropy'], color=NEUTRAL, linestyle='--')
+    for axes, (label, quantities) in zip(grid.flat, panels.items(), strict=True):
+        for i, (style, name) in enumerate(quantities.items()):
+            means, deviations = (
+                np.array([_number(row[kind][name]) for row in rows]) for kind in ('mean', 'std')
+            )
+            shift = 0.24 * (i - (len(quantities) - 1) / 2)
+            bars = axes.errorbar(
+                places + shift, means, yerr=deviations,
+                linestyle='none', elinewidth=1.2, **styles[style],
+            )  # fmt: skip
+            bars.lines[0].set_zorder(3)
+        axes.set_ylabel(label)
+        axes.set_ylim(bottom=min(0, axes.get_ylim()[0]) if label == 'correlation' else 0)
+        _tidy(axes)
+        axes.tick_params(axis='x', which='both', length=0, labelsize=10)
+    for axes in grid[1]:
+        axes.set_xlim(heads + 1, (blocks + 1) * (heads + 1))
+        axes.set_xticks(places if numbered else [], [row['head'] for row in rows if numbered])
+        centres = (np.arange(blocks) + 1.5) * (heads + 1)
+        prefix = 'block ' if numbered else ''
+        axes.set_xticks(centres, [f'{prefix}{n + 1}' for n in range(blocks)], minor=True)
+        axes.tick_params(axis='x', which='minor', pad=19 if numbered else 4)
+        axes.set_xlabel('head' if numbered else f'block, its {heads} heads beside one another')
+    legend = {
+        f'{model_name(kernel)}, implied': {'linestyle': 'none', **styles['own']},
+        'softmax attention': {'linestyle': 'none', **styles['exact']},
+        'uniform attention': {'linestyle': '--', **styles['uniform']},
+        f'± standard deviation over {numbers["gap"]["images"]} images': {
+            'color': NEUTRAL, 'linestyle': 'none', 'marker': '|', 'markersize': 14,
+        },
+    }  # fmt: skip
+    handles = [Line2D([], [], **style) for style in legend.values()]
+    _legend_below(figure, handles, list(legend), columns=2)
+    return figure
+
+
+def misclassified(numbers: Mapping, images: np.ndarray, title: str) -> Figure:
+    """The most confident errors on the test images: each with its true and its predicted class.
+
+    Args:
+        numbers: the content of inspection.json.
+        images: (n, h, w, c) uint8, those of `misclassified` in their order.
+        title: what the figure is about, the model and the data set.
+    """
+    rows, place = _places(len(images), 1)
+    figure = _figure(f'{title}: the most confident errors', height=0.75 + CELL_INCHES * rows)
+    axes = figure.subplots()
+    for i, (error, image) in enumerate(zip(numbers['misclassified'], images, strict=True)):
+        column, top = place(i)
+        _caption(axes, column, top, error['true'], error['predicted'], error['probability'])
+        _picture(axes, column, top, image)
+    _mosaic(axes, PICTURES_A_ROW, rows)
+    axes.set_xlabel(
+        f'{len(images)} of {numbers["test_errors"]:,} errors on {numbers["test_images"]:,} test '
+        'images: true class → predicted class'
+    )
+    return figure
+
+
+def confusions(numbers: Mapping, title: str, *, colour: str = NEUTRAL) -> Figure:
+    """The pairs of classes that are confused the most, true → predicted, as bars.
+
+    Args:
+        numbers: the content of inspection.json.
+        title: what the figure is about, the model and the data set.
+        colour: the model's, from `MODEL_COLOURS`.
+    """
+    pairs = numbers['confused_pairs']
+    counts = [pair['count'] for pair in pairs]
+    figure = _figure(f'{title}: the most confused classes', height=1.5 + 0.3 * len(pairs))
+    axes = figure.subplots()
+    _bars(
+        axes,
+        [f'{_short(pair["true"])} → {_short(pair["predicted"])}' for pair in pairs],
+        counts,
+        colour,
+        limit=1.25 * max(counts),
+        labels=[f'{pair["count"]:,} ({pair["share"]:.1%})' for pair in pairs],
+    )
+    axes.set_xlabel('test images (in brackets: share of the true class)')
+    return figure
+
+
+def _picture(axes: Axes, column: float, top: float, pixels: np.ndarray, **options):
+    """Pixels, or values with a colour map, in a place of a mosaic."""
+    extent = (column, column + CELL, top + CELL, top)
+    return axes.imshow(pixels, **{'extent': extent, 'interpolation': 'nearest'} | options)
+
+
+def _places(count: int, pictures: int) -> tuple[float, Callable[[int], tuple[float, float]]]:
+    """Rows of a mosaic with a caption above each stack of pictures, and where the i-th begins."""
+    band = pictures + CAPTION
+
+    def place(i: int) -> tuple[float, float]:
+        row, column = divmod(i, PICTURES_A_ROW)
+        return column, band * row + CAPTION - (1 - CELL)
+
+    return -(-count // PICTURES_A_ROW) * band, place
+
+
+def _caption(
+    axes: Axes, column: float, top: float, true: str, predicted: str, probability: float
+) -> None:
+    """Two lines above a picture of a mosaic."""
+    middle, style = column + CELL / 2, {'ha': 'center', 'fontsize': 8.5, 'parse_math': False}
+    second = f'→ {_short(predicted, 12)}, {probability:.0%}'
+    axes.text(middle, top - 0.16, _short(true, 18), fontweight='bold', **style)
+    axes.text(middle, top - 0.05, second, **style)
+
+
+def _mosaic(axes: Axes, columns: float, rows: float) -> None:
+    """Axes that hold nothing but pictures, columns from the left and rows from the top."""
+    axes.set_xlim(0, columns - (1 - CELL))
+    axes.set_ylim(rows - (1 - CELL), 0)
+    axes.set_aspect('equal')
+    axes.set_xticks([])
+    axes.set_yticks([])
+    axes.spines[:].set_visible(False)
+    axes.tick_params(length=0)
+
+
+def _see_through() -> ListedColormap:
+    """The colours of attention, the clearer the nearer to that of uniform attention."""
+    places = np.linspace(0, 1, 256)
+    colours = colormaps[ATTENTION_COLOURS](places)
+    # Smooth, and not 0 in the middle: else it would stand out as a line.
+    colours[:, 3] = np.hypot(0.3, 0.9 * (2 * places - 1))
+    return ListedColormap(colours)
+
+
+def _around_one(values: np.ndarray) -> LogNorm:
+    """A logarithmic scale, as far from 1 up as down, whose upper end is the 99.5th percentile.
+
+    Attention goes down to 0, which would leave nothing of the scale for what is more than uniform.
+    """
+    reach = max(1.02, np.quantile(values, 0.995))
+    return LogNorm(1 / reach, reach)
+
+
+def _scale_of_attention(figure: Figure, shown, axes: Axes) -> None:
+    bar = figure.colorbar(
+        shown, ax=axes, orientation='horizontal', extend='both', shrink=0.6, aspect=40
+    )
+    low, high = shown.norm.vmin, shown.norm.vmax
+    ticks = [low, low**0.5, 1, high**0.5, high]
+    pattern = '{:.2g}' if high > 1.5 else '{:.3f}'
+    bar.set_ticks(ticks, labels=[pattern.format(tick) for tick in ticks])
+    bar.minorticks_off()
+    bar.set_label('attention, in multiples of uniform attention', fontsize=11)
+    bar.outline.set_visible(False)

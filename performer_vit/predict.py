@@ -26,6 +26,36 @@ def make_forward(model, dataset: Dataset) -> Callable:
     return forward
 
 
+def make_attention(model, dataset: Dataset) -> Callable:
+    """(variables, images (B, h, w, c) uint8) → log-probabilities (B, K), and what attention is of.
+
+    The second is a list with a dict for each block: `query` and `key` (B, N, H, D), as attention
+    receives them, and `attention_map` (B, H, N, N), see `favor.FavorAttention`, which the kernels
+    of `vit.NO_ATTENTION` do not have.
+    """
+
+    def attention(variables, images):
+        images = augment.normalize(images, dataset.mean, dataset.std)
+        logits, seen = model.apply(
+            variables,
+            images,
+            train=False,
+            capture_intermediates=lambda module, _: module.name in ('query', 'key'),
+            mutable=['intermediates'],
+        )
+        blocks = []
+        for i in range(model.depth):
+            block = seen['intermediates'][f'encoder_{i}']['self_attention']
+            blocks.append({
+                'query': block['query']['__call__'][0],
+                'key': block['key']['__call__'][0],
+                'attention_map': block['attention']['attention_map'][0],
+            })  # fmt: skip
+        return jax.nn.log_softmax(logits), blocks
+
+    return attention
+
+
 def compile_forward(
     model, dataset: Dataset, state: TrainState, batch_size: int
 ) -> Callable[[TrainState, Split], np.ndarray]:

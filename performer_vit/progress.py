@@ -19,6 +19,18 @@ def say(dataset_name: str, text: str) -> None:
     sys.stdout.flush()
 
 
+def remaining(started: float, done: int, total: int) -> str:
+    """', about 12 min left' of a series of runs that began at that `time.perf_counter()`.
+
+    Nothing before the first run is done. Runs that had been finished earlier take no time, so that
+    an estimate is too low where some of a series had.
+    """
+    if not done:
+        return ''
+    minutes = (time.perf_counter() - started) / done * (total - done) / 60
+    return f', about {minutes:.0f} min left'
+
+
 class Progress:
     """The bar with ETA and images/s, and TensorBoard's scalars, images and hyperparameters.
 

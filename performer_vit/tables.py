@@ -13,7 +13,7 @@ import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 
-from performer_vit import comparison, figures, timing, workdir
+from performer_vit import comparison, figures, timing, typeset, workdir
 from performer_vit.errors import BadInput, choose
 
 _BLOCK = re.compile(r'(<!-- begin (\S+) (\S+) -->\n).*?(<!-- end -->)', re.DOTALL)
@@ -48,12 +48,6 @@ def _files(path: str | pathlib.Path) -> list[pathlib.Path]:
     return paths
 
 
-def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table; the first column is aligned to the left, the others to the right."""
-    lines = [head, ['---'] + ['---:'] * (len(head) - 1), *rows]
-    return '\n'.join(f'| {" | ".join(line)} |' for line in lines)
-
-
 def run_table(path: pathlib.Path) -> str:
     """What one run reached, and what it cost."""
     row = workdir.read_json(path)
@@ -68,77 +62,44 @@ def run_table(path: pathlib.Path) -> str:
         'GFLOP an image, training': f'{row["train_gflop_per_image"]:.3f}',
         'inference s': f'{row["inference_seconds"]:.1f}',
     }
-    return f'{markdown(list(cells), [list(cells.values())])}\n\n{_origin([row])}'
+    return f'{typeset.markdown(list(cells), [list(cells.values())])}\n\n{_origin([row])}'
 
 
 def comparison_table(path: pathlib.Path) -> str:
     """Mean ± standard deviation over seeds of each kernel, and its difference from the ViT."""
     rows = read(path)
     comparison.check_one_factor(rows)
-    models = comparison.by_kernel(rows)
-    differences = {}
-    if _BASELINE in models:
-        differences = comparison.against(models, _BASELINE, 'test_accuracy')
-    head = (
-        'model', 'seeds', 'test accuracy', 'minus the ViT', '95 % interval', 'p (Holm)', 's/epoch',
-        'inference s', 'parameters', 'GFLOP an image',
-    )  # fmt: skip
-    lines = []
-    for kernel, seeds in models.items():
-        runs = list(seeds.values())
-        found = differences.get(kernel)
-        lines.append([
-            figures.model_name(kernel),
-            str(len(runs)),
-            _spread([100 * run['test_accuracy'] for run in runs], '{:.2f}', ' %'),
-            '–' if found is None else f'{100 * found["mean"]:+.2f}',
-            '–' if found is None else f'{100 * found["low"]:+.2f} to {100 * found["high"]:+.2f}',
-            '–' if found is None else f'{found["holm_p"]:.2g}',
-            _spread([run['train_seconds_per_epoch'] for run in runs], '{:.0f}'),
-            _spread([run['inference_seconds'] for run in runs], '{:.1f}'),
-            f'{runs[0]["num_params"]:,}',
-            f'{runs[0]["train_gflop_per_image"]:.3f}',
-        ])  # fmt: skip
-    supported = [
-        f'{figures.model_name(kernel)} {"above" if found["mean"] > 0 else "below"} the ViT'
-        for kernel, found in differences.items()
-        if found['holm_p'] < 1 - comparison.CONFIDENCE
-    ]
-    verdict = (
-        'Differences from the ViT that the data support, all of them together with 95 % '
-        f'confidence (Holm): {", ".join(supported) or "none"}.'
-    )
-    parts = [markdown(head, lines), verdict, _origin(rows)]
-    return '\n\n'.join(parts if differences else [parts[0], parts[2]])
+    models = comparison.by_seed(rows)
+    summary = comparison.summary(models, _BASELINE, 'test_accuracy')
+    table = comparison.table(summary, figures.MODEL_NAMES, _BASELINE, 'test_accuracy')
+    verdict = comparison.verdict(summary, figures.MODEL_NAMES, _BASELINE)
+    parts = [typeset.markdown(*table), verdict, _origin(rows)]
+    return '\n\n'.join(part for part in parts if part)
 
 
 def study_table(path: pathlib.Path) -> str:
     """The study's figures beside ours, for the models that both have."""
-    models = comparison.by_kernel(read(path))
     head = (
         'model', "the study's test accuracy", 'its recipe', 'its s/epoch, A100', 'ours',
-        'our s/epoch, two CPU cores', 'difference from the ViT: the study', 'ours',
+        'our s/epoch', 'difference from the ViT: the study', 'ours',
     )  # fmt: skip
+    summary = comparison.summary(comparison.by_seed(read(path)), _BASELINE, 'test_accuracy')
+    ours = {row['model']: row for row in summary}
     lines = []
-    vit = comparison.mean_and_deviation(
-        [run['test_accuracy'] for run in models[_BASELINE].values()]
-    )[0]
-    for kernel, (accuracy, seconds, _, recipe) in STUDY.items():
-        if kernel not in models:
-            continue
-        runs = list(models[kernel].values())
-        mean = comparison.mean_and_deviation([run['test_accuracy'] for run in runs])[0]
+    for kernel in (kernel for kernel in STUDY if kernel in ours):
+        accuracy, seconds, _, recipe = STUDY[kernel]
+        difference = ours[kernel]['test_accuracy'] - ours[_BASELINE]['test_accuracy']
         lines.append([
             figures.model_name(kernel),
             f'{accuracy:.2f} %',
             recipe,
             f'{seconds:.0f}',
-            _spread([100 * run['test_accuracy'] for run in runs], '{:.2f}', ' %'),
-            _spread([run['train_seconds_per_epoch'] for run in runs], '{:.0f}'),
+            comparison.percent(ours[kernel], 'test_accuracy'),
+            comparison.spread(ours[kernel], 'train_seconds_per_epoch', '{:.0f}'),
             f'{accuracy - STUDY[_BASELINE][0]:+.2f}',
-            f'{100 * (mean - vit):+.2f}',
+            f'{100 * difference:+.2f}',
         ])  # fmt: skip
-    return markdown(head, lines)
+    return typeset.markdown(head, lines)
 
 
 def ablation_table(path: pathlib.Path) -> str:
@@ -160,7 +121,7 @@ def ablation_table(path: pathlib.Path) -> str:
             f'{row["num_params"]:,}',
             f'{row["train_gflop_per_image"]:.3f}',
         ])  # fmt: skip
-    return f'{markdown(head, lines)}\n\n{_origin([base, *rows])}'
+    return f'{typeset.markdown(head, lines)}\n\n{_origin([base, *rows])}'
 
 
 def train_step_table(path: pathlib.Path) -> str:
@@ -186,7 +147,7 @@ def train_step_table(path: pathlib.Path) -> str:
             timing.spread_text(row['loop_images_per_second'], '{:.1f}'),
             *(timing.spread_text(row[name], p) if name in row else '–' for name, p in peers),
         ])  # fmt: skip
-    return f'{markdown(head, lines)}\n\n{_origin([row for _, row in rows])}'
+    return f'{typeset.markdown(head, lines)}\n\n{_origin([row for _, row in rows])}'
 
 
 def tokens_table(path: pathlib.Path) -> str:
@@ -221,11 +182,16 @@ def tokens_table(path: pathlib.Path) -> str:
 
     performers = [name for name in contenders if 'flop_ratios' in rows[*columns[0], name]]
     vits = [name for name in contenders if name not in performers]
-    parts = ['Milliseconds an image:', markdown(['model', *head], lines(milliseconds, contenders))]
+    parts = [
+        'Milliseconds an image:',
+        typeset.markdown(['model', *head], lines(milliseconds, contenders)),
+    ]
     for vit in vits:
         parts += [
             f'Times as fast as {figures.MODEL_LINES[vit][3]} (by operations alone):',
-            markdown(['model', *head], lines(functools.partial(speed, vit=vit), performers)),
+            typeset.markdown(
+                ['model', *head], lines(functools.partial(speed, vit=vit), performers)
+            ),
         ]
     return '\n\n'.join([*parts, _origin([study])])
 
@@ -246,12 +212,6 @@ def _minutes(row: Mapping) -> float:
     return sum(epoch['seconds'] for epoch in row['history']) / 60
 
 
-def _spread(values: Sequence[float], pattern: str, unit: str = '') -> str:
-    mean, deviation = comparison.mean_and_deviation(values)
-    text = pattern.format(mean)
-    return text + unit if deviation is None else f'{text} ± {pattern.format(deviation)}{unit}'
-
-
 def _origin(rows: Sequence[Mapping]) -> str:
     """Where the numbers come from: machine, versions and commits."""
     devices = ', '.join(sorted({row['device'] for row in rows}))
@@ -268,9 +228,16 @@ def _draw_run(path: pathlib.Path) -> None:
 def _draw_comparison(path: pathlib.Path) -> None:
     rows = read(path)
     epochs = ', '.join(sorted({str(row['epochs']) for row in rows}))
-    title = f'ViT and Performers on {rows[0]["dataset"]}, {epochs} epochs'
+    dataset = figures.DATASET_NAMES.get(rows[0]['dataset'], rows[0]['dataset'])
+    title = f'ViT and Performers on {dataset}, {epochs} epochs'
     figures.save(figures.comparison(rows, title), path / 'comparison.png')
     figures.save(figures.accuracy_by_time(rows), path / 'accuracy.png')
+    learnt = path / 'learnt_kernel.npz'
+    if learnt.exists():
+        colour = figures.MODEL_COLOURS['ftheta']
+        title = f'{figures.MODEL_NAMES["ftheta"]} on {dataset}: the learnt kernel'
+        figure = figures.kernel_profiles(workdir.read_arrays(learnt), title, colour=colour)
+        figures.save(figure, learnt.with_suffix('.png'))
 
 
 def _draw_tokens(path: pathlib.Path) -> None:

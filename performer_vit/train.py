@@ -52,7 +52,7 @@ def check(config) -> None:
     if config.seed >= 2**32:
         raise BadInput(f'seed is {config.seed}; set it to a number below 2**32.')
     choose('test_state', config.test_state, TEST_STATES)
-    if not config.dataset.validation_fraction:
+    if not config.dataset.validation_fraction and config.dataset.fold < 0:
         needs = {
             "test_state is 'best'": config.test_state == 'best',
             'early_stopping_patience is above 0': config.early_stopping_patience > 0,
@@ -74,6 +74,16 @@ def check(config) -> None:
     model = vit.from_config(config.model, num_classes=2, seed=config.seed)
     images = jax.ShapeDtypeStruct((1, *datasets.IMAGE_SHAPE), jnp.float32)
     jax.eval_shape(model.init, jax.random.key(0), images)
+
+
+def check_scored(config) -> None:
+    """What `check` does, and `BadInput` for what cannot be where validation is the score."""
+    check(config)
+    if config.early_stopping_patience:
+        raise BadInput(
+            f'early_stopping_patience is {config.early_stopping_patience}, but the validation '
+            'split is what scores this run, and must not choose when it stops: set it to 0.'
+        )
 
 
 def make_train_step(
@@ -318,8 +328,52 @@ def train(config, workdir: str | os.PathLike | None = None, run_name: str = 'run
             f'flip_averaging is True, but images of {dataset.name} are never mirrored: mirror '
             'images show something else there. Set flip_averaging to False.'
         )
-    training = prepare(config, dataset)
     workdir = workdir or run_directory.default_workdir(run_name, dataset.name)
+    return _fit(config, dataset, workdir, _test, lambda row: None)
+
+
+def validate(
+    config,
+    dataset: datasets.Dataset,
+    workdir: str | os.PathLike,
+    on_epoch: Callable[[dict], None] = lambda row: None,
+) -> dict:
+    """Trains as `train` does, and scores the last epoch on the validation split instead of testing.
+
+    The best epoch would be a choice made on the images that judge it, and so would early stopping.
+
+    Args:
+      config: of the run; its `test_state` and `flip_averaging` are about the test and do nothing.
+      dataset: with a validation split; its test split is not read and may be None.
+      workdir: the directory of the run.
+      on_epoch: gets each row of the history after its epoch, and where a run goes on, first those
+        that it has. What it raises ends the training, which goes on there when called again.
+
+    Returns:
+      The content of `results.json`, with the validation's accuracy and loss. The predictions are
+      in `validation_predictions.npz`.
+
+    Raises:
+      BadInput, FloatingPointError: as `train`.
+    """
+    check_scored(config)
+    if dataset.validation is None:
+        raise BadInput(
+            'the data set has no validation split to be scored on: set '
+            'dataset.validation_fraction above 0.'
+        )
+    return _fit(config, dataset, workdir, _score, on_epoch)
+
+
+def _fit(
+    config,
+    dataset: datasets.Dataset,
+    workdir: str | os.PathLike,
+    finish: Callable[['_Fitted'], dict],
+    on_epoch: Callable[[dict], None],
+) -> dict:
+    """The training itself, which `finish` ends: `_test` or `_score`."""
+    training = prepare(config, dataset)
     workdir = run_directory.claim(workdir, config.to_dict(), dataset.name)
     say = functools.partial(progress.say, dataset.name)
     if (workdir / 'results.json').exists():
@@ -360,6 +414,8 @@ def train(config, workdir: str | os.PathLike | None = None, run_name: str = 'run
     observe = functools.partial(report_steps, shown)
 
     try:
+        for row in history:
+            on_epoch(row)
         for epoch in range(len(history), config.num_epochs):
             if stops_early(history, config.early_stopping_patience):
                 break
@@ -395,46 +451,85 @@ def train(config, workdir: str | os.PathLike | None = None, run_name: str = 'run
             if is_last or (epoch + 1) % config.checkpoint.every_epochs == 0:
                 checkpoints.save(saved, jax_utils.unreplicate(state), history)
             shown.epoch_done(row)
+            on_epoch(row)
         saved.wait_until_finished()
 
-        # The final test: the only time that a training reads the test split.
-        tested = history[-1]
-        if config.test_state == 'best':
-            tested = checkpoints.best(saved, history, config.checkpoint.every_epochs)
-            state, _ = checkpoints.restore(saved, training.state, tested['step'])
-            state = jax_utils.replicate(state, axis_name='batch')
-        log_probabilities, inference_seconds = prediction.timed(predict, state, dataset.test)
         epoch_seconds = float(np.median([row['seconds'] for row in history]))
         results = {
             **evaluate.describe(config, dataset, training.model, training.num_params),
             'epochs': len(history),
-            'tested_epoch': tested['epoch'],
-            'tested_step': tested['step'],
-            'validation_accuracy': tested['validation_accuracy'],
             'train_seconds_per_epoch': epoch_seconds,
             'images_per_second': training.steps_per_epoch * config.batch_size / epoch_seconds,
             'compile_seconds': compile_seconds,
-            'inference_seconds': inference_seconds,
             'train_gflop_per_image': step_flops / config.batch_size / 1e9,
             'history': history,
         }
-        if config.flip_averaging:
-            mirrored = predict(state, prediction.mirrored(dataset.test))
-            labels = dataset.test.labels
-            results |= evaluate.flip_averaged(log_probabilities, mirrored, labels)
-        variables = jax_utils.unreplicate(state.evaluated)
-        learnt = evaluate.learnt_kernel(
-            config, dataset, training.model, variables, training.state.params
+        results = finish(
+            _Fitted(config, dataset, workdir, training, state, saved, predict, shown, results)
         )
-        results, images = evaluate.write_report(
-            workdir, results, log_probabilities, dataset.test.labels, dataset.class_names, learnt
-        )
-        shown.tested(tested['step'], results['test_loss'], results['test_accuracy'], images)
     finally:
         saved.close()
         shown.close()
     say(evaluate.summary_table(results))
     say(f'Everything is in {workdir}')
+    return results
+
+
+_Fitted = collections.namedtuple(
+    '_Fitted', 'config dataset workdir training state saved predict shown results'
+)
+_Fitted.__doc__ = """A training that is done but for its report; `state` is the last, replicated."""
+
+
+def _test(fitted: _Fitted) -> dict:
+    """The final test, the only time that a training reads the test split, and the report."""
+    config, dataset, workdir, training, state, saved, predict, shown, results = fitted
+    history = results['history']
+    tested = history[-1]
+    if config.test_state == 'best':
+        tested = checkpoints.best(saved, history, config.checkpoint.every_epochs)
+        state, _ = checkpoints.restore(saved, training.state, tested['step'])
+        state = jax_utils.replicate(state, axis_name='batch')
+    log_probabilities, inference_seconds = prediction.timed(predict, state, dataset.test)
+    results = {
+        **results,
+        'tested_epoch': tested['epoch'],
+        'tested_step': tested['step'],
+        'validation_accuracy': tested['validation_accuracy'],
+        'inference_seconds': inference_seconds,
+    }
+    if config.flip_averaging:
+        mirrored = predict(state, prediction.mirrored(dataset.test))
+        labels = dataset.test.labels
+        results |= evaluate.flip_averaged(log_probabilities, mirrored, labels)
+    variables = jax_utils.unreplicate(state.evaluated)
+    learnt = evaluate.learnt_kernel(
+        config, dataset, training.model, variables, training.state.params
+    )
+    results, images = evaluate.write_report(
+        workdir, results, log_probabilities, dataset.test.labels, dataset.class_names, learnt
+    )
+    shown.tested(tested['step'], results['test_loss'], results['test_accuracy'], images)
+    return results
+
+
+def _score(fitted: _Fitted) -> dict:
+    """The report of the last epoch on the validation split."""
+    validation, last = fitted.dataset.validation, fitted.results['history'][-1]
+    run_directory.write_arrays(
+        fitted.workdir / 'validation_predictions.npz',
+        {
+            'labels': validation.labels,
+            'log_probabilities': fitted.predict(fitted.state, validation).astype(np.float32),
+        },
+    )
+    results = {
+        **fitted.results,
+        'validation_accuracy': last['validation_accuracy'],
+        'validation_loss': last['validation_loss'],
+    }
+    # Last, since results.json marks a run as finished.
+    run_directory.write_json(fitted.workdir / 'results.json', results)
     return results
 
 

@@ -22,6 +22,8 @@ HISTORY_COLUMNS = (
 )  # fmt: skip
 # Where data comes from; what was read stands in `dataset_read`, and that must agree.
 _WHEREABOUTS = ('dataset.data_dir', 'dataset.fallback')
+# What may change when a run goes on; a sweep may go further than it was to go at first.
+_FREE = (*_WHEREABOUTS, 'sweep.num_trials', 'sweep.minutes')
 
 
 def write_text(path: str | os.PathLike, text: str) -> None:
@@ -117,10 +119,14 @@ def run_name(config_path: str, arguments: str, overrides: Mapping[str, object]) 
     changes = [
         f'{field}={value}'
         for field, value in sorted(overrides.items())
-        if field not in (*_WHEREABOUTS, 'dataset.name')
+        if field not in (*_FREE, 'dataset.name')
     ]
-    name = '-'.join([pathlib.Path(config_path).stem, *words, *changes])
-    return ''.join(c if c.isalnum() or c in '-_=.,' else '_' for c in name)
+    return directory_name('-'.join([pathlib.Path(config_path).stem, *words, *changes]))
+
+
+def directory_name(text: str) -> str:
+    """The text with only what every file system takes in the name of a directory."""
+    return ''.join(c if c.isalnum() or c in '-_=.,' else '_' for c in text)
 
 
 def check_writable(workdir: str | os.PathLike) -> None:
@@ -159,18 +165,22 @@ def claim(workdir: str | os.PathLike, config: Mapping, dataset_read: str) -> pat
     if not path.exists():
         write_json(path, mine)
         return workdir
-    theirs = flatten(read_json(path))
-    ours = flatten(mine)
-    differences = [
-        f'  {field}: {theirs.get(field, "absent")!r} there, {ours.get(field, "absent")!r} here'
-        for field in sorted(set(theirs) | set(ours))
-        if field not in _WHEREABOUTS and theirs.get(field, 'absent') != ours.get(field, 'absent')
-    ]
-    if differences:
+    lines = differences(read_json(path), mine)
+    if lines:
         raise BadInput(
             f'the workdir {workdir} holds a run with another config:\n'
-            + '\n'.join(differences)
+            + '\n'.join(lines)
             + '\nGive this run another --workdir=DIR, or repeat the config of the run there to '
             'continue it.'
         )
     return workdir
+
+
+def differences(theirs: Mapping, ours: Mapping) -> list[str]:
+    """A line for each field in which two configs differ and which may not change in a run."""
+    theirs, ours = flatten(theirs), flatten(ours)
+    return [
+        f'  {field}: {theirs.get(field, "absent")!r} there, {ours.get(field, "absent")!r} here'
+        for field in sorted(set(theirs) | set(ours))
+        if field not in _FREE and theirs.get(field, 'absent') != ours.get(field, 'absent')
+    ]

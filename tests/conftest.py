@@ -29,8 +29,7 @@ def load_config(name: str, arguments: str = ''):
     return module.get_config(arguments)
 
 
-@pytest.fixture
-def tiny_config():
+def make_tiny_config():
     """Performer-ReLU with 16 tokens of width 16 on the digits, two epochs: seconds to train."""
     config = load_config('performer_relu', 'digits')
     config.num_epochs = 2
@@ -41,3 +40,8 @@ def tiny_config():
     config.model.pooling = 'gap'
     config.model.attention.num_features = 8
     return config
+
+
+@pytest.fixture
+def tiny_config():
+    return make_tiny_config()

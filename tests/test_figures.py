@@ -104,6 +104,59 @@ def learnt_kernel(blocks, heads):
     }
 
 
+def inspected(blocks, heads, num_classes=10, errors=20):
+    """What `inspection.inspect_run` writes: numbers and arrays that name their block and head."""
+    rng = np.random.default_rng(0)
+    names = [f'sweet_peppers_{i}' if num_classes > 10 else f'a class {i}' for i in range(10)]
+    quantities = {
+        'total_variation': 0.25, 'uniform_total_variation': 0.5, 'kl_divergence': 0.75,
+        'uniform_kl_divergence': 1, 'entropy': 1.25, 'exact_entropy': 1.5, 'correlation': 1.75,
+    }  # fmt: skip
+    pairs = [(names[i % 10], names[(i + 1 + i // 10) % 10], 500 - 9 * i) for i in range(12)]
+    numbers = {
+        'kernel': 'relu',
+        'dataset': 'digits',
+        'class_names': names,
+        'attention': {'split': 'validation', 'images': list(range(10))},
+        'gap': {
+            'images': 128,
+            'uniform_entropy': 2.5,
+            'heads': [
+                {
+                    'block': block + 1,
+                    'head': head + 1,
+                    'mean': {n: v + block + head / 16 for n, v in quantities.items()},
+                    'std': {n: v / 8 for n, v in quantities.items()},
+                }
+                for block in range(blocks)
+                for head in range(heads)
+            ],
+        },
+        'test_images': 10000,
+        'test_errors': 1234,
+        'misclassified': [
+            {'index': i, 'true': names[i % 10], 'predicted': names[-1 - i % 9], 'probability': 1.0}
+            for i in range(errors)
+        ],
+        'confused_pairs': [
+            {'true': true, 'predicted': predicted, 'count': count, 'share': count / 1000}
+            for true, predicted, count in pairs
+        ],
+        'left_out': {},
+    }
+    images = rng.integers(0, 256, (10, 32, 32, 3), dtype=np.uint8)
+    arrays = {
+        'images': images,
+        'labels': np.arange(10, dtype=np.int32),
+        'predicted': np.arange(10, dtype=np.int32)[::-1],
+        'probability': np.linspace(0.1, 1, 10),
+        'received': np.exp(rng.normal(size=(10, blocks, heads, 8, 8))),
+        'rollout': np.exp(rng.normal(size=(10, 8, 8)) / 4),
+        'misclassified_images': np.resize(images, (errors, 32, 32, 3)),
+    }
+    return numbers, arrays
+
+
 @functools.cache
 def visible_texts(name):
     """Every text that is drawn, with its box in pixels."""
@@ -154,15 +207,32 @@ def all_figures():
         made[f'kernels-{blocks}'] = figures.kernel_profiles(learnt_kernel(blocks, heads), TITLE)
     made |= figures.approximation_figures(approximation_study())
     made['model-speed'] = figures.model_speed(model_speed_study())
+    models = [*figures.MODEL_COLOURS, 'num_features=16', 'pooling=gap,stem=patch']
+    made['bands'] = figures.learning_bands(
+        {model: [history(5), history(5)] for model in models}, TITLE
+    )
+    made['pareto'] = figures.pareto(
+        [point(model, 100.0 + i, 0.8 + i / 100, 3.0, 0.01) for i, model in enumerate(models)],
+        TITLE,
+        'test_accuracy',
+    )
+    inside = figures.inspection_figures(*inspected(2, 4))
+    made |= {f'inspect-{name}': figure for name, figure in inside.items()}
+    inside = figures.inspection_figures(*inspected(8, 8, num_classes=100, errors=7))
+    made |= {f'inspect-8-{name}': inside[name] for name in INSPECTED_DEEP}
     assert set(made) == set(FIGURES)  # None goes untested.
     return made
 
 
+INSPECTED_DEEP = ('attention_8', 'rollout', 'attention_gap', 'misclassified', 'confused_pairs')
 FIGURES = (
     'curves-1', 'curves-3', 'curves-100', 'confusion-10', 'per-class-10', 'confidence-10',
     'confusion-100', 'per-class-100', 'confidence-100', 'comparison', 'approximation-features',
     'approximation-length', 'approximation-scale', 'approximation-projections', 'model-speed',
-    'kernels-2', 'kernels-6',
+    'kernels-2', 'kernels-6', 'bands', 'pareto', 'inspect-attention_1', 'inspect-rollout',
+    'inspect-attention_gap', 'inspect-misclassified', 'inspect-confused_pairs',
+    'inspect-8-attention_8', 'inspect-8-rollout', 'inspect-8-attention_gap',
+    'inspect-8-misclassified', 'inspect-8-confused_pairs',
 )  # fmt: skip
 
 
@@ -402,6 +472,72 @@ def test_comparison_refuses_several_data_sets():
         figures.comparison([], 'x')
 
 
+def test_comparison_calls_variants_what_they_are_called():
+    """Catches two variants of one kernel taken for two seeds of one model."""
+    rows = [
+        run('relu', 0.8, variant='relu'),
+        run('relu', 0.9, variant='pooling=gap', validation_accuracy=0.7),
+    ]
+    quality, cost = figures.comparison(rows, 'x').axes
+    names = [label.get_text() for label in quality.get_yticklabels()]
+    assert names == ['Performer-ReLU', 'pooling=gap']
+    colours = [matplotlib.colors.to_hex(bar.get_facecolor()) for bar in cost.patches]
+    assert colours[0] == figures.MODEL_COLOURS['relu'].lower() != colours[1]
+    quality, _ = figures.comparison(rows, 'x', 'validation_accuracy').axes
+    assert texts(quality) == ['not measured', '70.00']
+    assert quality.get_xlabel() == 'validation accuracy (%)'
+
+
+def test_styles_tell_models_apart():
+    """Catches a variant in the colour of a kernel beside it, and two that look the same."""
+    models = ['relu', *(f'variant {i}' for i in range(20)), 'exact']
+    styles = figures.model_styles(models)
+    assert styles['relu']['color'] == figures.MODEL_COLOURS['relu']
+    looks = [tuple(style.values()) for style in styles.values()]
+    assert len(set(looks)) == len(models)
+    colours = [styles[model]['color'] for model in models[1:-1]]
+    assert figures.MODEL_COLOURS['relu'] not in colours
+
+
+# Learning curves of several runs, and the front of accuracy and speed
+
+
+def test_bands_hold_mean_and_sample_deviation():
+    """By NumPy. Catches the deviation divided by n, and epochs that only one run has."""
+    runs = [history(3), history(4)]
+    for epoch, other in zip(*runs, strict=False):
+        other['validation_accuracy'] = epoch['validation_accuracy'] + 0.1
+    loss, accuracy = figures.learning_bands({'relu': runs}, 'x').axes
+    (line,) = accuracy.lines
+    first = np.array([epoch['validation_accuracy'] for epoch in runs[0]])
+    np.testing.assert_array_equal(line.get_xdata(), [1, 2, 3])
+    np.testing.assert_allclose(line.get_ydata(), 100 * (first + 0.05))
+    (band,) = accuracy.collections
+    low, high = np.sort(band.get_paths()[0].vertices[:, 1])[[0, -1]]
+    deviation = 100 * 0.1 / 2**0.5
+    np.testing.assert_allclose(low, 100 * (first.min() + 0.05) - deviation)
+    np.testing.assert_allclose(high, 100 * (first.max() + 0.05) + deviation)
+    assert loss.get_ylabel() == 'validation loss (nats)'
+
+
+def point(model, speed, accuracy, speed_deviation=None, deviation=None):
+    return {
+        'model': model, 'images_per_second': speed, 'test_accuracy': accuracy,
+        'images_per_second_deviation': speed_deviation, 'test_accuracy_deviation': deviation,
+    }  # fmt: skip
+
+
+def test_the_pareto_front_is_what_nothing_beats():
+    """By hand. Catches a front of the slow and bad, and a point that an equal speed beats."""
+    rows = [
+        point('exact', 100, 0.90), point('relu', 200, 0.80), point('gelu', 150, 0.70),
+        point('elu', 200, 0.75), point('softmax', 150, 0.85), point('none', 300, None),
+    ]  # fmt: skip
+    (axes,) = figures.pareto(rows, 'x', 'test_accuracy').axes
+    front = next(line for line in axes.lines if line.get_linestyle() == '--')
+    np.testing.assert_allclose(front.get_xydata(), [[100, 90], [150, 85], [200, 80]])
+
+
 # Errors of the estimators of softmax attention
 
 
@@ -549,6 +685,132 @@ def test_a_model_of_one_panel_is_in_the_legend():
         row for row in study['rows'] if (row['pass'], row['contender']) != ('training', 'jax_exact')
     ]
     assert 'ViT, attention of jax.nn' in legend(figures.model_speed(study))
+
+
+# Looking into a model
+
+
+def pictures(axes):
+    """The images of a mosaic by (row, column) of its place."""
+    extents = [image.get_extent() for image in axes.images]
+    places = [(top, left) for left, _, _, top in extents]
+    return dict(zip(places, axes.images, strict=True))
+
+
+def test_attention_maps_lie_at_their_head_and_image():
+    """Catches images, blocks or heads exchanged, and pages that leave blocks out or draw two."""
+    numbers, arrays = inspected(3, 5)
+    drawn = figures.inspection_figures(numbers, arrays)
+    assert [name for name in drawn if name.startswith('attention_')] == [
+        'attention_1', 'attention_3', 'attention_gap',
+    ]  # fmt: skip
+    for page, blocks in (('attention_1', (0, 1)), ('attention_3', (2,))):
+        axes, bar = drawn[page].axes
+        shown = pictures(axes)
+        assert len(shown) == 10 * (1 + 5 * len(blocks))
+        labels = [label.get_text() for label in axes.get_yticklabels()]
+        assert labels[0] == 'image' and labels[-1] == f'block {blocks[-1] + 1}, head 5'
+        for image in range(10):
+            np.testing.assert_array_equal(shown[0, image].get_array(), arrays['images'][image])
+            for row, (block, head) in enumerate(itertools.product(blocks, range(5))):
+                expected = arrays['received'][image, block, head]
+                np.testing.assert_array_equal(shown[row + 1, image].get_array(), expected)
+        assert 'multiples of uniform attention' in bar.get_xlabel()
+
+
+def test_attention_of_nothing_is_drawn_as_little_and_uniform_attention_is_white():
+    """Catches zeros left blank, which read as uniform attention, and a scale not centred on 1."""
+    numbers, arrays = inspected(1, 1)
+    arrays['received'][0] = 0
+    arrays['received'][1] = 1
+    axes, _ = figures.inspection_figures(numbers, arrays)['attention_1'].axes
+    nothing, uniform = (pictures(axes)[1, column] for column in (0, 1))
+    colours = [image.cmap(image.norm(image.get_array())) for image in (nothing, uniform)]
+    assert colours[0].min() < 0.1 and colours[1].min() > 0.95
+    assert not np.ma.is_masked(nothing.norm(nothing.get_array()))
+
+
+def test_rollouts_lie_over_their_images_and_name_the_prediction():
+    """Catches a heat map over another image, and true and predicted class exchanged."""
+    numbers, arrays = inspected(2, 4)
+    axes, _ = figures.inspection_figures(numbers, arrays)['rollout'].axes
+    colour, grey, heat = (axes.images[start::3] for start in range(3))
+    for i in range(10):
+        np.testing.assert_array_equal(colour[i].get_array(), arrays['images'][i])
+        np.testing.assert_allclose(grey[i].get_array(), arrays['images'][i].mean(axis=-1))
+        np.testing.assert_array_equal(heat[i].get_array(), arrays['rollout'][i])
+        assert heat[i].get_extent() == grey[i].get_extent()
+        assert texts(axes)[2 * i : 2 * i + 2] == [f'a class {i}', f'→ a class {9 - i}, {i + 1}0%']
+    # Clear where attention is uniform: the image is seen.
+    assert heat[0].cmap(0.5)[3] < 0.35 < 0.9 < heat[0].cmap(0.0)[3]
+
+
+@pytest.mark.parametrize(('blocks', 'heads'), [(2, 4), (8, 8)])
+def test_the_gap_holds_the_means_and_deviations_of_each_head(blocks, heads):
+    """Catches quantities in the wrong panel, heads exchanged, and colours of another model."""
+    numbers, arrays = inspected(blocks, heads)
+    figure = figures.inspection_figures(numbers, arrays)['attention_gap']
+    rows = numbers['gap']['heads']
+    panels = [
+        ('total variation distance', ['total_variation', 'uniform_total_variation']),
+        ('KL divergence (nats)', ['kl_divergence', 'uniform_kl_divergence']),
+        ('entropy (nats)', ['entropy', 'exact_entropy']),
+        ('correlation', ['correlation']),
+    ]
+    for axes, (label, names) in zip(figure.axes, panels, strict=True):
+        assert axes.get_ylabel() == label
+        places = []
+        for bars, name in zip(axes.containers, names, strict=True):
+            points, _, (lines,) = bars.lines
+            np.testing.assert_allclose(points.get_ydata(), [row['mean'][name] for row in rows])
+            low, high = np.array([segment[:, 1] for segment in lines.get_segments()]).T
+            np.testing.assert_allclose((high - low) / 2, [row['std'][name] for row in rows])
+            assert np.all(np.diff(points.get_xdata()) > 0)
+            places.append(points.get_xdata())
+        assert axes.containers[0].lines[0].get_color() == figures.MODEL_COLOURS['relu']
+    entropies = figure.axes[2]
+    assert entropies.containers[1].lines[0].get_color() == figures.MODEL_COLOURS['exact']
+    (uniform,) = (line for line in entropies.lines if line.get_linestyle() == '--')
+    assert uniform.get_ydata()[0] == 2.5 < entropies.get_ylim()[1]
+    assert legend(figure)[:2] == ['Performer-ReLU, implied', 'softmax attention']
+
+
+def test_a_gap_that_is_not_known_leaves_a_hole():
+    """Catches a correlation with a constant, which is none, drawn as 0 or as a crash."""
+    numbers, arrays = inspected(1, 2)
+    numbers['gap']['heads'][1]['mean']['correlation'] = None
+    numbers['gap']['heads'][1]['std']['correlation'] = None
+    figure = figures.inspection_figures(numbers, arrays)['attention_gap']
+    (bars,) = figure.axes[3].containers
+    assert np.isnan(bars.lines[0].get_ydata()).tolist() == [False, True]
+    figures.to_array(figure)
+
+
+def test_errors_keep_their_images_and_names():
+    """Catches images beside the names of others, and bars with the counts of other pairs."""
+    numbers, arrays = inspected(2, 4, errors=7)
+    drawn = figures.inspection_figures(numbers, arrays)
+    (axes,) = drawn['misclassified'].axes
+    for i, image in enumerate(axes.images):
+        np.testing.assert_array_equal(image.get_array(), arrays['misclassified_images'][i])
+        error = numbers['misclassified'][i]
+        found = texts(axes)[2 * i : 2 * i + 2]
+        assert found == [error['true'], f'→ {error["predicted"]}, 100%']
+    assert len(axes.images) == 7
+    assert axes.get_xlabel().startswith('7 of 1,234 errors on 10,000 test images')
+    (axes,) = drawn['confused_pairs'].axes
+    names = [label.get_text() for label in axes.get_yticklabels()]
+    assert names[0] == 'a class 0 → a class 1' and texts(axes)[0] == '500 (50.0%)'
+    assert [bar.get_width() for bar in axes.patches] == [500 - 9 * i for i in range(12)]
+
+
+def test_what_is_left_out_is_not_drawn():
+    """Catches a crash, or an empty figure, where there is no attention and no error."""
+    numbers, _ = inspected(2, 4, errors=0)
+    numbers |= {'attention': None, 'gap': None, 'confused_pairs': []}
+    assert figures.inspection_figures(numbers, {}) == {}
+    drawn = figures.inspection_figures(numbers | {'kernel': 'ftheta'}, {}, learnt_kernel(2, 1))
+    assert list(drawn) == ['learnt_kernel']
 
 
 # Files

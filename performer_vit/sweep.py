@@ -1,0 +1,281 @@
+"""Hyperparameter search: trials of a config, each a run of its own, that Optuna chooses.
+
+A config of `configs/sweeps/` says in its section `sweep` what is searched and how.
+"""
+
+import os
+import pathlib
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+
+import jax
+import optuna
+from optuna.trial import FrozenTrial, TrialState
+
+from performer_vit import (
+    crossval,
+    datasets,
+    input_pipeline,
+    progress,
+    proposals,
+    sweep_report,
+    train,
+)
+from performer_vit import space as search_space
+from performer_vit import workdir as run_directory
+from performer_vit.errors import BadInput, choose
+from performer_vit.space import Space
+from performer_vit.trials import PRUNERS, Trial, Trials
+
+_FIELDS = (
+    'space', 'conditions', 'sampler', 'pruner', 'num_trials', 'minutes', 'num_folds', 'seed',
+    'storage',
+)  # fmt: skip
+
+
+def sweep(config, workdir: str | os.PathLike | None = None, run_name: str = 'run') -> dict:
+    """Searches the space of `config.sweep` for the highest validation accuracy of the last epoch.
+
+    Each trial is a run in a directory of its own, `trial_0007`. The same command goes on where a
+    sweep was stopped, however it was: a trial that was interrupted has its number, its combination
+    and its checkpoints. Given several times at once, each process takes trials of its own, until
+    all together have had `num_trials`. The test split is not looked at.
+
+    Combinations that break a condition, or that the model or the training refuses, are not tried
+    and do not count. Trials that diverged, or needed more memory than there is, are recorded as
+    failed, and count.
+
+    Args:
+      config: as for `train.train`, with the section `sweep`:
+        `space`, `conditions`: what is searched, see `space.parse`;
+        `sampler`: one of `proposals.SAMPLERS`, and its `seed`;
+        `pruner`: one of `trials.PRUNERS`, which sees the validation accuracy of each epoch or, in a
+        cross-validation, the mean over the folds so far after each fold;
+        `num_trials`: of all processes, however they end;
+        `minutes`: after so many of training a process starts no further trial, and finishes the one
+        that it works on; 0: no limit;
+        `num_folds`: of a cross-validation, whose mean is a trial's value; 0: the validation split;
+        `storage`: the URL of a database, '' for a file in the workdir.
+      workdir: the directory of the sweep; default `runs/<data set>/<run_name>-sweep`.
+      run_name: what the run is called in that default.
+
+    Returns:
+      The content of `results.json`: `trials`, and the `best` of those that are complete, or None.
+
+    Raises:
+      BadInput: something in the config, the data or a workdir cannot be used.
+    """
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    section = config.sweep
+    _check(config)
+    base = base_config(config)
+    fields = run_directory.flatten(base.to_dict())
+    space = search_space.parse(
+        section.space, section.conditions, fields, grid=section.sampler == 'grid'
+    )
+    proposals.check(space, section.sampler)
+    name = f'{run_name}-sweep'
+    run_directory.check_writable(workdir or run_directory.default_workdir(name, ''))
+    dataset = crossval.load_fold(_scored(base, section.num_folds))
+    if dataset.validation is None:
+        raise BadInput(
+            'the data set has no validation split to score trials on: set '
+            'dataset.validation_fraction above 0, or sweep.num_folds to 2 or more.'
+        )
+
+    def refusal(combination: Mapping) -> str | None:
+        values = space.values(combination)
+        unmet = space.unmet({**fields, **values})
+        if unmet is not None:
+            return f'{unmet} does not hold'
+        trial_config = _scored(_changed(base, values), section.num_folds)
+        try:
+            train.check_scored(trial_config)
+            input_pipeline.check_batch_size(
+                trial_config.batch_size, jax.device_count(), len(dataset.train)
+            )
+        except BadInput as error:
+            return str(error)
+        return None
+
+    def propose(trials: Sequence[FrozenTrial]) -> dict:
+        try:
+            return proposals.propose(space, section.sampler, section.seed, trials, refusal)
+        except proposals.NothingLeftError as error:
+            if trials:
+                raise
+            raise BadInput(
+                f'there is nothing to try: {error}. Change sweep.space or sweep.conditions.'
+            ) from error
+
+    directory = pathlib.Path(workdir or run_directory.default_workdir(name, dataset.name))
+    if not (directory / 'config.json').exists():
+        propose([])  # Where nothing can be tried, before there is a directory.
+    directory = run_directory.claim(directory, {**config.to_dict(), 'mode': 'sweep'}, dataset.name)
+    definition = run_directory.read_json(directory / 'config.json')
+    trials = Trials(directory, section.storage, section.pruner, definition)
+    _work(trials, section, space, base, dataset, propose)
+    with trials.alone():
+        results = sweep_report.write(trials.all(), section, space, base, dataset.name, directory)
+        undrawn = sweep_report.draw(results, trials.all(), directory)
+    progress.say(dataset.name, sweep_report.ending(results, undrawn, directory))
+    return results
+
+
+def base_config(config):
+    """A copy of the config without the section, on the data set that it names or none."""
+    base = config.copy_and_resolve_references()
+    with base.unlocked():
+        del base['sweep']
+    base.dataset.fallback = 'none'
+    if config.sweep.num_folds:
+        base.dataset.num_folds = config.sweep.num_folds
+    return base
+
+
+def _check(config) -> None:
+    """Raises `BadInput` for what is wrong in the section but for the space."""
+    section = config.sweep
+    unknown = [field for field in section if field not in _FIELDS]
+    missing = [field for field in _FIELDS if field not in section]
+    if unknown or missing:
+        raise BadInput(
+            f'the section `sweep` of the config has the unknown fields {unknown} and lacks '
+            f'{missing}; it has just these: {", ".join(_FIELDS)}.'
+        )
+    choose('sweep.sampler', section.sampler, proposals.SAMPLERS)
+    choose('sweep.pruner', section.pruner, PRUNERS)
+    for field, least in {'num_trials': 1, 'num_folds': 0, 'seed': 0}.items():
+        if type(section[field]) is not int or section[field] < least:
+            raise BadInput(
+                f'sweep.{field} is {section[field]!r}; set it to an integer of {least} or more.'
+            )
+    if section.num_folds == 1:
+        raise BadInput(
+            'sweep.num_folds is 1; one fold is held out and the others are trained on: set it to 2 '
+            'or more, or to 0 for the validation split.'
+        )
+    if section.num_folds and config.dataset.fold != -1:
+        raise BadInput(
+            f'dataset.fold is {config.dataset.fold}, but sweep.num_folds takes every fold in turn: '
+            'set dataset.fold to -1, or sweep.num_folds to 0 for that fold alone.'
+        )
+    if type(section.minutes) not in (int, float) or not section.minutes >= 0:
+        raise BadInput(
+            f'sweep.minutes is {section.minutes!r}; set it to a number of 0 or more; 0: no limit.'
+        )
+    if not isinstance(section.storage, str):
+        raise BadInput(
+            f"sweep.storage is {section.storage!r}; set it to the URL of a database, or to ''."
+        )
+
+
+def _changed(base, values: Mapping):
+    config = base.copy_and_resolve_references()
+    config.update_from_flattened_dict(dict(values))
+    return config
+
+
+def _scored(config, num_folds: int):
+    """The config of a trial, or that of the first fold of its cross-validation."""
+    return crossval.fold_config(config, 0) if num_folds else config
+
+
+def _work(
+    trials: Trials,
+    section,
+    space: Space,
+    base,
+    dataset: datasets.Dataset,
+    propose: Callable[[Sequence[FrozenTrial]], dict],
+) -> None:
+    """Takes one trial after the other, as long as there are any."""
+
+    def say(text: str) -> None:
+        progress.say(dataset.name, text)
+
+    done_before = sum(trial.state.is_finished() for trial in trials.all())
+    started = time.perf_counter()
+    fixed = proposals.distributions(space)
+    while True:
+        try:
+            trial = trials.claim(section.num_trials, fixed, propose)
+        except proposals.NothingLeftError as error:
+            say(f'The sweep ends before sweep.num_trials: {error}.')
+            return
+        if trial is None:
+            return
+        try:
+            done = sum(other.state.is_finished() for other in trials.all())
+            left = progress.remaining(started, done - done_before, section.num_trials - done_before)
+            if section.minutes:
+                budget = section.minutes - (time.perf_counter() - started) / 60
+                left += f', {budget:.0f} of {section.minutes:g} minutes to begin trials in'
+            values = space.values(trial.combination)
+            continued = ', continued' if trial.continued else ''
+            say(
+                f'{trial.directory.name}, {trial.number + 1} of {section.num_trials}{continued}: '
+                f'{sweep_report.combination(values)}{left}'
+            )
+            _run(trial, _changed(base, values), dataset, section.num_folds)
+        finally:
+            trial.close()
+        jax.clear_caches()
+        with trials.alone():
+            results = sweep_report.write(
+                trials.all(), section, space, base, dataset.name, trials.workdir
+            )
+        say(sweep_report.trial_ending(results, trial.number))
+        if 0 < 60 * section.minutes <= time.perf_counter() - started:
+            say(f'The {section.minutes:g} minutes of sweep.minutes are over.')
+            return
+
+
+def _run(trial: Trial, config, dataset: datasets.Dataset, num_folds: int) -> None:
+    """Trains and scores a trial, and writes how it ended."""
+    history = []
+
+    def on_epoch(row: dict) -> None:
+        history.append(row)
+        last = row['epoch'] == config.num_epochs
+        if trial.is_pruned(row['epoch'], row['validation_accuracy'], last=last):
+            raise optuna.TrialPruned
+
+    state, value, message = TrialState.COMPLETE, None, None
+    try:
+        if num_folds:
+            value = _cross_validate(trial, config, dataset.name, num_folds, history)
+        else:
+            results = train.validate(config, dataset, trial.directory, on_epoch)
+            value, history = results['validation_accuracy'], results['history']
+    except optuna.TrialPruned:
+        state = TrialState.PRUNED
+    except FloatingPointError as error:
+        state, message = TrialState.FAIL, str(error)
+    except jax.errors.JaxRuntimeError as error:
+        if 'RESOURCE_EXHAUSTED' not in str(error):
+            raise
+        state, message = TrialState.FAIL, f'more memory needed than there is: {error}'
+    trial.finish(
+        state,
+        value,
+        epochs=len(history),
+        seconds=sum(row['seconds'] for row in history),
+        message=message,
+    )
+
+
+def _cross_validate(
+    trial: Trial, config, dataset_name: str, num_folds: int, history: list[dict]
+) -> float:
+    """The mean over the folds; `history` gets the epochs of all of them."""
+    run_directory.claim(trial.directory, config.to_dict(), dataset_name)
+    values = []
+    for fold in range(num_folds):
+        results = crossval.run_fold(config, fold, trial.directory / f'fold_{fold}')
+        history += results['history']
+        values.append(results['validation_accuracy'])
+        if trial.is_pruned(fold + 1, statistics.fmean(values), last=fold + 1 == num_folds):
+            raise optuna.TrialPruned
+    return statistics.fmean(values)

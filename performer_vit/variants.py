@@ -1,0 +1,251 @@
+"""Variants of a config, each trained with each seed: comparisons, and ablations of one factor each.
+
+A variant is a name and the fields that it changes, as a config of `configs/comparisons/` or
+`configs/ablations/` lists them.
+"""
+
+import dataclasses
+import os
+import pathlib
+import time
+from collections.abc import Mapping, Sequence
+
+import jax
+
+from performer_vit import (
+    comparison,
+    datasets,
+    figures,
+    progress,
+    train,
+    typeset,
+)
+from performer_vit import workdir as run_directory
+from performer_vit.errors import BadInput
+
+
+def compare(config, workdir: str | os.PathLike | None = None, run_name: str = 'run') -> dict:
+    """Trains and tests every variant of `config.compare` with every seed, and compares them.
+
+    Each run has a directory of its own, VARIANT/seed_S. What is finished is not done again, what
+    was interrupted goes on where it stopped, and a run of another config in its place is refused.
+    A run that diverged counts in no mean and is named.
+
+    Args:
+      config: as for `train.train`, with `compare.variants`, pairs of a name and a mapping of fields
+        to values, `compare.seeds`, and `compare.baseline`, the name of the variant that the others
+        are compared with.
+      workdir: the directory of all runs; default `runs/<data set>/<run_name>-compare`.
+      run_name: what the run is called in that default.
+
+    Returns:
+      The content of `results.json`: in `models` the rows of `comparison.summary` of the test
+      accuracy.
+
+    Raises:
+      BadInput: something in the config, the data or a workdir cannot be used; all variants are
+        checked before one is trained.
+    """
+    section = config.compare
+    _check(section, 'compare', ('variants', 'seeds', 'baseline'))
+    for row in section.variants:
+        is_pair = isinstance(row, tuple | list) and len(row) == 2
+        if not (is_pair and isinstance(row[0], str) and isinstance(row[1], Mapping)):
+            raise BadInput(
+                f'compare.variants has the row {row!r}; a row is a name and a mapping of fields to '
+                "values, such as ('relu', {'model.attention.kernel': 'relu'})."
+            )
+    variants = {name: _change(config, 'compare', dict(fields)) for name, fields in section.variants}
+    if len(variants) < len(section.variants):
+        raise BadInput(
+            f'compare.variants names one variant twice: {[name for name, _ in section.variants]}. '
+            'Give each a name of its own.'
+        )
+    if section.baseline not in variants:
+        raise BadInput(
+            f'compare.baseline is {section.baseline!r}; allowed are the names in '
+            f'compare.variants: {tuple(variants)}.'
+        )
+    return _run('compare', variants, section, workdir, run_name)
+
+
+def ablate(config, workdir: str | os.PathLike | None = None, run_name: str = 'run') -> dict:
+    """Trains the config and each change of `config.ablate`, one at a time; validation scores them.
+
+    As `compare`, but the test split is not looked at: `ablate.changes` are mappings of fields to
+    values, the variants are called by them, and the unchanged config is `base`.
+    """
+    section = config.ablate
+    _check(section, 'ablate', ('changes', 'seeds'))
+    variants = {'base': _change(config, 'ablate', {})}
+    for change in section.changes:
+        if not isinstance(change, Mapping) or not change:
+            raise BadInput(
+                f'ablate.changes has {change!r}; a change is a mapping of fields to values, such '
+                "as {'model.pooling': 'gap'}."
+            )
+        name = ','.join(f'{field.split(".")[-1]}={value}' for field, value in change.items())
+        if name in variants:
+            raise BadInput(f'ablate.changes has {name} twice: take one of them away.')
+        variants[name] = _change(config, 'ablate', dict(change))
+    return _run('ablate', variants, section, workdir, run_name)
+
+
+def _check(section, mode: str, fields: Sequence[str]) -> None:
+    """Raises `BadInput` for a section with other fields, and for seeds that are none."""
+    if set(section) != set(fields):
+        raise BadInput(
+            f'the section `{mode}` of the config has the fields {sorted(section)}; it needs just '
+            f'these: {", ".join(fields)}.'
+        )
+    seeds = section.seeds
+    if not seeds or len(set(seeds)) < len(seeds) or any(type(seed) is not int for seed in seeds):
+        raise BadInput(
+            f'{mode}.seeds is {tuple(seeds)}; give one integer or more, each once, such as '
+            f"--config.{mode}.seeds='(0, 1, 2)'."
+        )
+
+
+def _change(config, section: str, fields: Mapping[str, object]):
+    """A copy of the config with some fields changed, without the section, on named data or none."""
+    config = config.copy_and_resolve_references()
+    with config.unlocked():
+        del config[section]
+    known = run_directory.flatten(config.to_dict())
+    for field, value in fields.items():
+        if field == 'seed':
+            raise BadInput(
+                f'{section}: a variant changes the seed; set {section}.seeds, which are those of '
+                'every variant, instead.'
+            )
+        if field not in known:
+            raise BadInput(
+                f'{section}: a variant changes {field!r}, which is no field of the config; '
+                'configs/base.py lists them.'
+            )
+        try:
+            config.update_from_flattened_dict({field: value})
+        except (TypeError, ValueError) as error:
+            raise BadInput(
+                f'{section}: a variant sets {field} to {value!r}; it is {known[field]!r} in the '
+                f'config, of type {type(known[field]).__name__}, and so must be any other value.'
+            ) from error
+    config.dataset.fallback = 'none'
+    return config
+
+
+def _run(
+    mode: str,
+    variants: Mapping[str, object],
+    section,
+    workdir: str | os.PathLike | None,
+    run_name: str,
+) -> dict:
+    """All variants with all seeds, then the report."""
+    check, train_one = {
+        'compare': (train.check, train.train),
+        'ablate': (train.check_scored, _score),
+    }[mode]
+    if len(variants) < 2:
+        raise BadInput(f'{mode} has nothing to compare with: give it two variants or more.')
+    configs, directories = {}, {}
+    for name, config in variants.items():
+        twin = configs.setdefault(config.to_json(), name)
+        if twin != name:
+            raise BadInput(f'{mode}: the variants {twin!r} and {name!r} are the same config.')
+        twin = directories.setdefault(run_directory.directory_name(name), name)
+        if twin != name:
+            raise BadInput(
+                f'{mode}: the variants {twin!r} and {name!r} would be one directory: name them '
+                'apart by letters, digits and - _ = . ,'
+            )
+        try:
+            for seed in section.seeds:
+                config.seed = seed
+                check(config)
+        except BadInput as error:
+            raise BadInput(f'{mode}: variant {name!r}: {error}') from error
+    name = f'{run_name}-{mode}'
+    run_directory.check_writable(workdir or run_directory.default_workdir(name, ''))
+    first = next(iter(variants.values()))
+    dataset = datasets.load(**first.dataset)
+    workdir = run_directory.claim(
+        workdir or run_directory.default_workdir(name, dataset.name),
+        # Variants and seeds may be added later; each run guards its own directory.
+        {'mode': mode},
+        dataset.name,
+    )
+    runs = [(variant, seed) for seed in section.seeds for variant in variants]
+    rows, diverged, started = [], [], time.perf_counter()
+    for done, (variant, seed) in enumerate(runs):
+        left = progress.remaining(started, done, len(runs))
+        progress.say(dataset.name, f'Run {done + 1} of {len(runs)}: {variant}, seed {seed}{left}')
+        config = variants[variant].copy_and_resolve_references()
+        config.seed = seed
+        directory = workdir / run_directory.directory_name(variant) / f'seed_{seed}'
+        try:
+            rows.append({**train_one(config, directory), 'variant': variant})
+        except FloatingPointError as error:
+            diverged.append({'variant': variant, 'seed': seed, 'error': str(error)})
+            progress.say(dataset.name, f'{variant}, seed {seed}, diverged: {error}')
+        jax.clear_caches()
+    results = _report(mode, section, rows, diverged, workdir)
+    progress.say(dataset.name, (workdir / 'table.md').read_text(encoding='utf-8'))
+    progress.say(dataset.name, f'Everything is in {workdir}')
+    return results
+
+
+def _score(config, workdir: pathlib.Path) -> dict:
+    dataset = dataclasses.replace(datasets.load(**config.dataset), test=None)
+    return train.validate(config, dataset, workdir)
+
+
+def _report(
+    mode: str,
+    section,
+    rows: Sequence[Mapping],
+    diverged: Sequence[Mapping],
+    workdir: pathlib.Path,
+) -> dict:
+    """Table, figures and `results.json` of the runs that did not diverge."""
+    if not rows:
+        raise FloatingPointError(f'every run diverged; the first: {diverged[0]["error"]}')
+    quantity = {'compare': 'test_accuracy', 'ablate': 'validation_accuracy'}[mode]
+    baseline = section.baseline if mode == 'compare' else 'base'
+    models = comparison.by_seed(rows, 'variant')
+    summary = comparison.summary(models, baseline, quantity)
+    names = {name: figures.variant_name(name) for name in models}
+    table = comparison.table(summary, names, baseline, quantity)
+    lines = [typeset.markdown(*table)]
+    if baseline in models:
+        lines.append(comparison.verdict(summary, names, baseline))
+    lines += [
+        f'{run["variant"]}, seed {run["seed"]}, diverged and counts nowhere: {run["error"]}'
+        for run in diverged
+    ]
+    run_directory.write_text(workdir / 'table.md', '\n\n'.join(filter(None, lines)) + '\n')
+    run_directory.write_text(workdir / 'table.tex', typeset.latex(*table) + '\n')
+    run_directory.write_text(workdir / 'table.csv', typeset.comma_separated(summary))
+    dataset = figures.DATASET_NAMES.get(rows[0]['dataset'], rows[0]['dataset'])
+    what = {'compare': 'Comparison', 'ablate': 'One factor at a time'}[mode]
+    title = f'{what} on {dataset}'
+    histories = {name: [run['history'] for run in runs.values()] for name, runs in models.items()}
+    drawn = {
+        'comparison': figures.comparison(rows, title, quantity),
+        'learning_curves': figures.learning_bands(histories, title),
+        'pareto': figures.pareto(summary, title, quantity),
+    }
+    if mode == 'compare':
+        drawn['accuracy'] = figures.accuracy_by_time(rows)
+    figures.save_all(drawn, workdir)
+    results = {
+        'mode': mode,
+        'dataset': rows[0]['dataset'],
+        'baseline': baseline,
+        'quantity': quantity,
+        'models': summary,
+        'runs': [dict(row) for row in rows],
+        'diverged': list(diverged),
+    }
+    run_directory.write_json(workdir / 'results.json', results)
+    return results
