@@ -378,6 +378,13 @@ def _fit(
     say = functools.partial(progress.say, dataset.name)
     if (workdir / 'results.json').exists():
         results = run_directory.read_json(workdir / 'results.json')
+        is_tested, here = 'test_accuracy' in results, finish is _test
+        if is_tested != here:
+            kinds = {True: 'tested', False: 'scored on validation images and not tested'}
+            raise BadInput(
+                f'the workdir {workdir} holds a finished run that was {kinds[is_tested]}; this one '
+                f'is to be {kinds[here]}: give it another --workdir=DIR.'
+            )
         say(f'This run is finished, and nothing of it is done again. It is in {workdir}')
         say(evaluate.summary_table(results))
         return results

@@ -91,6 +91,13 @@ def test_the_test_split_is_kept_away(cross_validated):
     assert '-' in evaluate.summary_table(results)
 
 
+def test_a_scored_run_is_no_tested_run(cross_validated):
+    """Catches a fold that passes for a finished training, of which no test was made."""
+    config, directory, _ = cross_validated
+    with pytest.raises(BadInput, match=r'was scored on validation images and not tested; this one'):
+        train.train(crossval.fold_config(config, 0), directory / 'fold_0')
+
+
 def test_statistics_are_those_of_the_training_part():
     """The ramp of the images makes every fold's mean another one."""
     images = np.arange(60, dtype=np.uint8)[:, None, None, None] * np.ones((1, 2, 2, 1), np.uint8)

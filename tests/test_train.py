@@ -326,6 +326,12 @@ def test_test_accuracy_is_that_of_the_saved_weights(finished):
     assert results['test_accuracy'] == pytest.approx(accuracy, abs=1e-9)
 
 
+def test_a_tested_run_is_no_scored_run(finished):
+    config, directory, _ = finished
+    with pytest.raises(BadInput, match=r'was tested; this one is to be scored on validation'):
+        train.validate(config, digits(), directory)
+
+
 def test_evaluate_mode_reports_the_same(finished, tmp_path):
     _, original, results = finished
     directory = shutil.copytree(original, tmp_path / 'copy')
