@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 
 from scipy import stats
 
-from performer_vit import workdir
+from performer_vit import timing, workdir
 from performer_vit.errors import BadInput
 
 CONFIDENCE = 0.95
@@ -165,9 +165,10 @@ def summary(
       quantity: the field of `results.json` that is compared, an accuracy from 0 to 1.
 
     Returns:
-      A row for each model: its name as `model`, the number of `runs`; of `quantity`,
-      `train_seconds_per_epoch`, `inference_seconds` and `images_per_second` the mean over the seeds
-      under their own names and the standard deviation under NAME_deviation; `difference`, the mean
+      A row for each model: its name as `model`, the number of `runs`; of `quantity` the mean over
+      the seeds under its own name and the standard deviation under NAME_deviation; of
+      `train_seconds_per_epoch`, `inference_seconds` and `images_per_second` the median, which one
+      disturbed run does not move, and the ends under NAME_low and NAME_high; `difference`, the mean
       difference from the baseline over the seeds that both have, with `difference_low`,
       `difference_high` and `holm_p`, see `against`, where these are two or more; `num_params` and
       `train_gflop_per_image`. What was not measured, or has no spread, is None.
@@ -179,9 +180,14 @@ def summary(
         shared = set() if name == baseline else set(seeds) & set(models.get(baseline, ()))
         differences = [seeds[seed][quantity] - models[baseline][seed][quantity] for seed in shared]
         row = {'model': name, 'runs': len(runs)}
-        for field in (quantity, *_TIMES):
+        values = [run[quantity] for run in runs if run.get(quantity) is not None]
+        row[quantity], row[f'{quantity}_deviation'] = mean_and_deviation(values)
+        for field in _TIMES:
             values = [run[field] for run in runs if run.get(field) is not None]
-            row[field], row[f'{field}_deviation'] = mean_and_deviation(values)
+            measured = timing.spread(values) if values else {}
+            row[field] = measured.get('median')
+            for end in ('low', 'high'):
+                row[f'{field}_{end}'] = measured.get(end) if len(values) > 1 else None
         row |= {
             'difference': mean_and_deviation(differences)[0],
             'difference_low': found.get('low'),
@@ -217,9 +223,9 @@ def table(
         minus: [_text(row['difference'], '{:+.2f}', 100) for row in rows],
         '95 % interval': [_interval(row) for row in rows],
         'p (Holm)': [_text(row['holm_p'], '{:.2g}') for row in rows],
-        's/epoch': [spread(row, 'train_seconds_per_epoch', seconds) for row in rows],
-        'images/s': [spread(row, 'images_per_second', '{:,.0f}') for row in rows],
-        'inference s': [spread(row, 'inference_seconds', '{:.1f}') for row in rows],
+        's/epoch': [median(row, 'train_seconds_per_epoch', seconds) for row in rows],
+        'images/s': [median(row, 'images_per_second', '{:,.0f}') for row in rows],
+        'inference s': [median(row, 'inference_seconds', '{:.1f}') for row in rows],
         'parameters': [f'{row["num_params"]:,}' for row in rows],
         'GFLOP an image': [_text(row['train_gflop_per_image'], '{:.3f}') for row in rows],
     }
@@ -227,17 +233,24 @@ def table(
     return list(cells), [list(line) for line in zip(*cells.values(), strict=True)]
 
 
-def spread(row: Mapping, field: str, pattern: str, scale: float = 1) -> str:
-    """'mean ± standard deviation' of a field of a row of `summary`, as much of it as there is."""
-    mean, deviation = row[field], row[f'{field}_deviation']
-    text = _text(mean, pattern, scale)
-    return text if deviation is None else f'{text} ± {pattern.format(scale * deviation)}'
+def median(row: Mapping, field: str, pattern: str) -> str:
+    """'median (low to high)' of a time in a row of `summary`, as much of it as there is."""
+    low, high = (row[f'{field}_{end}'] for end in ('low', 'high'))
+    if low is None:
+        return _text(row[field], pattern)
+    return timing.spread_text({'median': row[field], 'low': low, 'high': high}, pattern)
 
 
 def percent(row: Mapping, field: str) -> str:
-    """`spread` of a share from 0 to 1, in percent with two decimals."""
-    text = spread(row, field, '{:.2f}', 100)
-    return text if text == NOTHING else f'{text} %'
+    """'mean ± standard deviation' of a share from 0 to 1 in a row of `summary`, in percent."""
+    mean, deviation = row[field], row[f'{field}_deviation']
+    if mean is None:
+        return NOTHING
+    return (
+        f'{100 * mean:.2f} %'
+        if deviation is None
+        else f'{100 * mean:.2f} ± {100 * deviation:.2f} %'
+    )
 
 
 def verdict(rows: Sequence[Mapping], names: Mapping[str, str], baseline: str) -> str | None:

@@ -492,7 +492,7 @@ def comparison(rows: Sequence[dict], title: str, quantity: str = 'test_accuracy'
     Runs of one variant or, where they have none, of the same kernel, projection and number of
     features are one model with several seeds or folds: each run is a dot and the mean a bar in the
     accuracy panel, the label gives mean ± standard deviation (of the sample, n - 1). The time is
-    the mean over the runs.
+    the median of the runs, which one disturbed run does not move.
 
     Args:
         rows: the contents of several results.json, in the order in which they are drawn, the first
@@ -528,7 +528,7 @@ def comparison(rows: Sequence[dict], title: str, quantity: str = 'test_accuracy'
     figure = _figure(title, height=1.7 + 0.5 * len(models))
     quality, cost = figure.subplots(1, 2, sharey=True)
     seconds = [_known(runs, 'train_seconds_per_epoch') for runs in models.values()]
-    seconds = [values.mean() if values.size else math.nan for values in seconds]
+    seconds = [np.median(values) if values.size else math.nan for values in seconds]
     longest = np.nanmax([*seconds, 0])
     # Three significant digits at the long end; short ones lose some, in proportion.
     decimals = 2 if longest < 10 else 1 if longest < 100 else 0
@@ -621,7 +621,8 @@ def pareto(rows: Sequence[Mapping], title: str, quantity: str) -> Figure:
     """An accuracy (%) against the speed of training (images/s); a line joins what nothing beats.
 
     A model is on the line, the Pareto front, where no other is at least as accurate and as fast,
-    and better in one of the two. Bars are ± one standard deviation over runs.
+    and better in one of the two. Bars are ± one standard deviation over runs, of the accuracy, and
+    the range of the speed.
 
     Args:
         rows: of `comparison.summary`, with `images_per_second` and the quantity.
@@ -645,9 +646,10 @@ def pareto(rows: Sequence[Mapping], title: str, quantity: str) -> Figure:
     )
     axes.plot(*zip(*front, strict=True), '--', color=NEUTRAL, linewidth=1.2, zorder=1)
     for row, (speed, accuracy) in zip(rows, points, strict=True):
+        ends = [row[f'images_per_second_{end}'] or speed for end in ('low', 'high')]
         axes.errorbar(
             speed, accuracy,
-            xerr=row['images_per_second_deviation'] or 0,
+            xerr=[[speed - ends[0]], [ends[1] - speed]],
             yerr=100 * (row[f'{quantity}_deviation'] or 0),
             **styles[row['model']], markersize=8, capsize=3,
         )  # fmt: skip

@@ -212,7 +212,10 @@ def all_figures():
         {model: [history(5), history(5)] for model in models}, TITLE
     )
     made['pareto'] = figures.pareto(
-        [point(model, 100.0 + i, 0.8 + i / 100, 3.0, 0.01) for i, model in enumerate(models)],
+        [
+            point(model, 100.0 + i, 0.8 + i / 100, (98.0 + i, 103.0 + i), 0.01)
+            for i, model in enumerate(models)
+        ],
         TITLE,
         'test_accuracy',
     )
@@ -435,8 +438,8 @@ def run(kernel, accuracy, seconds=2.0, **more):
 
 
 def test_comparison_gives_mean_and_sample_deviation_a_model():
-    """Catches models mixed up and the deviation divided by n: 1.00 here, not 0.82."""
-    rows = [run('relu', a, s) for a, s in ((0.90, 1.0), (0.91, 2.0), (0.92, 3.0))]
+    """Catches models mixed up, the deviation divided by n (0.82) and a mean of the times (4.00)."""
+    rows = [run('relu', a, s) for a, s in ((0.90, 1.0), (0.91, 2.0), (0.92, 9.0))]
     rows.insert(1, run('exact', 0.80, 5.0))
     quality, cost = figures.comparison(rows, 'x').axes
     names = [label.get_text() for label in quality.get_yticklabels()]
@@ -520,22 +523,27 @@ def test_bands_hold_mean_and_sample_deviation():
     assert loss.get_ylabel() == 'validation loss (nats)'
 
 
-def point(model, speed, accuracy, speed_deviation=None, deviation=None):
+def point(model, speed, accuracy, ends=(None, None), deviation=None):
     return {
         'model': model, 'images_per_second': speed, 'test_accuracy': accuracy,
-        'images_per_second_deviation': speed_deviation, 'test_accuracy_deviation': deviation,
+        'images_per_second_low': ends[0], 'images_per_second_high': ends[1],
+        'test_accuracy_deviation': deviation,
     }  # fmt: skip
 
 
 def test_the_pareto_front_is_what_nothing_beats():
     """By hand. Catches a front of the slow and bad, and a point that an equal speed beats."""
     rows = [
-        point('exact', 100, 0.90), point('relu', 200, 0.80), point('gelu', 150, 0.70),
-        point('elu', 200, 0.75), point('softmax', 150, 0.85), point('none', 300, None),
+        point('exact', 100, 0.90, (90, 130), 0.02), point('relu', 200, 0.80),
+        point('gelu', 150, 0.70), point('elu', 200, 0.75), point('softmax', 150, 0.85),
+        point('none', 300, None),
     ]  # fmt: skip
     (axes,) = figures.pareto(rows, 'x', 'test_accuracy').axes
     front = next(line for line in axes.lines if line.get_linestyle() == '--')
     np.testing.assert_allclose(front.get_xydata(), [[100, 90], [150, 85], [200, 80]])
+    across, up = (bar.get_segments()[0] for bar in axes.containers[0][2])
+    np.testing.assert_allclose(across, [[90, 90], [130, 90]])
+    np.testing.assert_allclose(up, [[100, 88], [100, 92]])
 
 
 # Errors of the estimators of softmax attention
