@@ -52,6 +52,7 @@ setup(
             'hypothesis>=6.170',
             # The notebooks are executed: by nbclient, in a kernel.
             'ipykernel>=7.4',
+            'ipywidgets>=8.1',
             'nbclient>=0.11',
             'nbformat>=5.11',
             'pillow>=12',
@@ -63,7 +64,7 @@ setup(
         'bench': ['performer-pytorch>=1.1.4', 'torch>=2.13'],
         # For the notebooks on a machine of one's own; Colab has these in versions of its own, and
         # must keep them.
-        'colab': ['ipykernel>=7.4', 'notebook>=7.5'],
+        'colab': ['ipykernel>=7.4', 'ipywidgets>=8.1', 'notebook>=7.5'],
         'cuda': ['jax[cuda13]>=0.10.2'],
     },
 )

@@ -220,7 +220,7 @@ def table(
         'model': [names[row['model']] for row in rows],
         'seeds': [str(row['runs']) for row in rows],
         quantity.replace('_', ' '): [percent(row, quantity) for row in rows],
-        minus: [_text(row['difference'], '{:+.2f}', 100) for row in rows],
+        minus: [_text(row['difference'], '{:+z.2f}', 100) for row in rows],
         '95 % interval': [_interval(row) for row in rows],
         'p (Holm)': [_text(row['holm_p'], '{:.2g}') for row in rows],
         's/epoch': [median(row, 'train_seconds_per_epoch', seconds) for row in rows],
@@ -277,4 +277,4 @@ def _text(value: float | None, pattern: str, scale: float = 1) -> str:
 def _interval(row: Mapping) -> str:
     if row['difference_low'] is None:
         return NOTHING
-    return f'{100 * row["difference_low"]:+.2f} to {100 * row["difference_high"]:+.2f}'
+    return f'{100 * row["difference_low"]:+z.2f} to {100 * row["difference_high"]:+z.2f}'

@@ -96,8 +96,8 @@ def study_table(path: pathlib.Path) -> str:
             f'{seconds:.0f}',
             comparison.percent(ours[kernel], 'test_accuracy'),
             comparison.median(ours[kernel], 'train_seconds_per_epoch', '{:.0f}'),
-            f'{accuracy - STUDY[_BASELINE][0]:+.2f}',
-            f'{100 * difference:+.2f}',
+            f'{accuracy - STUDY[_BASELINE][0]:+z.2f}',
+            comparison.NOTHING if difference is None else f'{100 * difference:+z.2f}',
         ])  # fmt: skip
     return typeset.markdown(head, lines)
 
@@ -116,7 +116,7 @@ def ablation_table(path: pathlib.Path) -> str:
         lines.append([
             'none' if row is base else _change(base, row),
             f'{row["validation_accuracy"]:.2%}',
-            '–' if row is base else f'{difference:+.2f}',
+            '–' if row is base else f'{difference:+z.2f}',
             f'{row["train_seconds_per_epoch"]:.0f}',
             f'{row["num_params"]:,}',
             f'{row["train_gflop_per_image"]:.3f}',
@@ -231,7 +231,11 @@ def _draw_comparison(path: pathlib.Path) -> None:
     dataset = figures.DATASET_NAMES.get(rows[0]['dataset'], rows[0]['dataset'])
     title = f'ViT and Performers on {dataset}, {epochs} epochs'
     figures.save(figures.comparison(rows, title), path / 'comparison.png')
-    figures.save(figures.accuracy_by_time(rows), path / 'accuracy.png')
+    histories = {
+        kernel: [run['history'] for run in runs.values()]
+        for kernel, runs in comparison.by_seed(rows).items()
+    }
+    figures.save(figures.learning_bands(histories, title), path / 'learning_curves.png')
     learnt = path / 'learnt_kernel.npz'
     if learnt.exists():
         colour = figures.MODEL_COLOURS['ftheta']

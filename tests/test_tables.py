@@ -157,7 +157,7 @@ def test_main_rewrites_what_is_generated_and_nothing_else(compared, capsys):
     assert made.startswith('before\n<!-- begin comparison . -->\n| model')
     assert made.endswith('<!-- end -->\nafter\n') and 'old' not in made
     assert (compared / 'comparison.png').stat().st_size > 5000
-    assert (compared / 'accuracy.png').stat().st_size > 5000
+    assert (compared / 'learning_curves.png').stat().st_size > 5000
     assert tables.rewrite(made, compared) == made
 
 
