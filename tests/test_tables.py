@@ -16,8 +16,8 @@ ROW = {
     'images_per_second': 366.0, 'train_gflop_per_image': 0.5, 'device': '1 × cpu (made up)',
     'versions': {'jax': '0.10.2', 'git_commit': '0123456789'},
     'history': [
-        {'seconds': 100.0, 'validation_accuracy': 0.5},
-        {'seconds': 110.0, 'validation_accuracy': 0.7},
+        {'seconds': 100.0, 'validation_accuracy': 0.5, 'validation_loss': 1.2},
+        {'seconds': 110.0, 'validation_accuracy': 0.7, 'validation_loss': 0.9},
     ],
     'config': {'seed': 0, 'model': {'width': 64, 'attention': {'kernel': 'relu'}}},
 }  # fmt: skip
