@@ -4,7 +4,6 @@ A variant is a name and the fields that it changes, as a config of `configs/comp
 `configs/ablations/` lists them.
 """
 
-import dataclasses
 import os
 import pathlib
 import time
@@ -14,6 +13,7 @@ import jax
 
 from performer_vit import (
     comparison,
+    crossval,
     datasets,
     figures,
     progress,
@@ -196,8 +196,7 @@ def _run(
 
 
 def _score(config, workdir: pathlib.Path) -> dict:
-    dataset = dataclasses.replace(datasets.load(**config.dataset), test=None)
-    return train.validate(config, dataset, workdir)
+    return train.validate(config, crossval.load_fold(config), workdir)
 
 
 def _report(
