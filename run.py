@@ -1,12 +1,10 @@
 """Trains, evaluates, compares: python run.py --config=configs/performer_relu.py [--mode=train]."""
 
-import os
-
-from absl import app, flags, logging
+from absl import app, flags
 from ml_collections import config_flags
 
 from performer_vit import cpu_backend
-from performer_vit.command_line import fail, parse
+from performer_vit.command_line import fail, parse, quiet_libraries
 from performer_vit.errors import BadInput
 
 _CONFIG = config_flags.DEFINE_config_file(
@@ -41,9 +39,7 @@ def _main(argv: list[str]) -> None:
     mode, config_flag = _MODE.value, flags.FLAGS['config']
     _check_flags(argv, mode, config_flag)
 
-    # The log of TensorFlow and of JAX's start says nothing about the user's run.
-    logging.set_verbosity(logging.ERROR)
-    os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')
+    quiet_libraries()
     # Orbax, scikit-learn and matplotlib take seconds to import; a mistyped flag should not.
     from performer_vit import crossval, evaluate, inspection, sweep, train, variants, workdir
 

@@ -23,7 +23,7 @@ from collections.abc import Callable, Mapping
 
 import jax
 import numpy as np
-from absl import app, flags, logging
+from absl import app, flags
 from flax import jax_utils
 from ml_collections import config_flags
 
@@ -45,7 +45,7 @@ from performer_vit import (
     vit,
     workdir,
 )
-from performer_vit.command_line import fail, parse
+from performer_vit.command_line import fail, parse, quiet_libraries
 from performer_vit.errors import BadInput
 
 _CONFIG = config_flags.DEFINE_config_file('config', None, 'A file of configs/.')
@@ -372,7 +372,7 @@ def _check_flags(name: str) -> None:
 
 def main(argv: list[str]) -> None:
     """Runs the benchmark that the command line names."""
-    logging.set_verbosity(logging.ERROR)
+    quiet_libraries()
     try:
         if len(argv) != 2 or argv[1] not in BENCHMARKS:
             raise BadInput(

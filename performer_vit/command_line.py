@@ -1,9 +1,10 @@
-"""Parsing the flags of a command, and how it says that they are wrong."""
+"""Parsing the flags of a command, how it says that they are wrong, and what it leaves unsaid."""
 
+import os
 import sys
 from typing import NoReturn
 
-from absl import flags
+from absl import flags, logging
 
 
 def parse(argv: list[str]) -> list[str]:
@@ -32,3 +33,14 @@ def fail(reason: object) -> NoReturn:
     """Prints the reason and ends the command with exit code 2."""
     print(f'error: {reason}', file=sys.stderr)
     sys.exit(2)
+
+
+def quiet_libraries() -> None:
+    """Leaves out the log of TensorFlow and of JAX's start, which says nothing about a user's run.
+
+    To be called before TensorFlow is imported. What the user's environment says stays.
+    """
+    logging.set_verbosity(logging.ERROR)
+    os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')
+    # Else TensorFlow announces, at any level, how it computes; here it only reads files.
+    os.environ.setdefault('TF_ENABLE_ONEDNN_OPTS', '0')

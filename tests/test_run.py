@@ -145,6 +145,7 @@ def test_without_data_the_default_command_trains_on_digits_and_says_so(tmp_path)
     flags = ['--config.num_epochs=1', '--config.ema_decay=0.0']
     done = command(f'--config={ROOT}/configs/vit.py', *flags, *small)
     assert done.returncode == 0, done.stderr
+    assert 'oneDNN' not in done.stderr  # Of TensorFlow's log, which is no business of the user's.
     assert done.stderr.index('NOTICE') < done.stderr.index('img/s')
     assert 'cifar10' in done.stderr and 'TFDS_DATA_DIR' in done.stderr
     assert all(line.startswith('[digits]') for line in done.stdout.splitlines())
