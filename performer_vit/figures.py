@@ -12,6 +12,7 @@ no global state behind.
 import itertools
 import math
 import os
+import textwrap
 import zipfile
 import zlib
 from collections.abc import Callable, Mapping, Sequence
@@ -604,7 +605,8 @@ def accuracy_by_time(rows: Sequence[dict]) -> Figure:
         )  # fmt: skip
     axes.set_xlim(0, None)
     axes.margins(y=0.12)
-    axes.set_xlabel(f'training (minutes on {rows[0]["device"]})')
+    devices = ' and '.join(dict.fromkeys(row['device'] for row in rows))
+    axes.set_xlabel(textwrap.fill(f'training (minutes on {devices})', 80))
     axes.set_ylabel('accuracy (%)')
     _tidy(axes)
     handles = [Line2D([], [], color=colours[name], linewidth=2) for name in variants]

@@ -11,6 +11,7 @@ from performer_vit.space import Space
 from performer_vit.trials import STATES
 
 _KERNEL = 'model.attention.kernel'
+_NOTES = ('epochs', 'seconds', 'message', 'device', 'versions')
 
 
 def write(
@@ -40,7 +41,7 @@ def write(
             'state': STATES[trial.state],
             'params': space.values(trial.params),
             'value': trial.value,
-            **{name: trial.user_attrs.get(name) for name in ('epochs', 'seconds', 'message')},
+            **{name: trial.user_attrs.get(name) for name in _NOTES},
         }
         for trial in trials
     ]
@@ -62,7 +63,7 @@ def write(
     run_directory.write_text(workdir / 'table.tex', typeset.latex(head, lines) + '\n')
     numbers = [{**row, **row['params']} for row in rows]
     for row in numbers:
-        del row['params']
+        del row['params'], row['versions']
     run_directory.write_text(workdir / 'table.csv', typeset.comma_separated(numbers))
     if best is not None:
         config = base.copy_and_resolve_references()

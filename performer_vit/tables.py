@@ -13,7 +13,7 @@ import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 
-from performer_vit import comparison, figures, timing, typeset, workdir
+from performer_vit import comparison, crossval, figures, sweep_report, timing, typeset, workdir
 from performer_vit.errors import BadInput, choose
 
 _BLOCK = re.compile(r'(<!-- begin (\S+) (\S+) -->\n).*?(<!-- end -->)', re.DOTALL)
@@ -48,21 +48,46 @@ def _files(path: str | pathlib.Path) -> list[pathlib.Path]:
     return paths
 
 
-def run_table(path: pathlib.Path) -> str:
-    """What one run reached, and what it cost."""
-    row = workdir.read_json(path)
-    cells = {
-        'model': figures.model_name(row['kernel']),
-        'test accuracy': f'{row["test_accuracy"]:.2%}',
-        'minutes of training': f'{_minutes(row):.0f}',
-        'epochs': str(row['epochs']),
-        'images/s': f'{row["images_per_second"]:,.0f}',
-        'parameters': f'{row["num_params"]:,}',
-        'tokens': str(row['num_tokens']),
-        'GFLOP an image, training': f'{row["train_gflop_per_image"]:.3f}',
-        'inference s': f'{row["inference_seconds"]:.1f}',
-    }
-    return f'{typeset.markdown(list(cells), [list(cells.values())])}\n\n{_origin([row])}'
+def runs_table(path: pathlib.Path) -> str:
+    """What each run of a directory reached, what it cost, and where: machines may differ."""
+    rows = read(path)
+    lines = [
+        {
+            'run': f'`{row["name"]}`',
+            'model': figures.model_name(row['kernel']),
+            'test accuracy': f'{row["test_accuracy"]:.2%}',
+            'minutes of training': f'{_minutes(row):.0f}',
+            'epochs': str(row['epochs']),
+            'images/s': f'{row["images_per_second"]:,.0f}',
+            'parameters': f'{row["num_params"]:,}',
+            'tokens': str(row['num_tokens']),
+            'GFLOP an image, training': f'{row["train_gflop_per_image"]:.3f}',
+            'inference s': f'{row["inference_seconds"]:.1f}',
+            'on': row['device'],
+        }
+        for row in rows
+    ]
+    table = typeset.markdown(list(lines[0]), [list(line.values()) for line in lines])
+    return f'{table}\n\n{_origin(rows)}'
+
+
+def crossval_table(path: pathlib.Path) -> str:
+    """A line a fold of a cross-validation, their mean, and its interval."""
+    results = workdir.read_json(path)
+    low, high = (100 * results[f'validation_accuracy_{end}'] for end in ('low', 'high'))
+    parts = [
+        typeset.markdown(*crossval.table_of_folds(results)),
+        f'95 % interval of the mean: {low:.2f} % to {high:.2f} %.',
+        _origin([results]),
+    ]
+    return '\n\n'.join(parts)
+
+
+def sweep_table(path: pathlib.Path) -> str:
+    """A line a trial of a sweep, from the best on."""
+    results = workdir.read_json(path)
+    ended = [row for row in results['trials'] if row['device'] is not None]
+    return f'{typeset.markdown(*sweep_report.table(results))}\n\n{_origin(ended)}'
 
 
 def comparison_table(path: pathlib.Path) -> str:
@@ -103,11 +128,12 @@ def study_table(path: pathlib.Path) -> str:
 
 
 def ablation_table(path: pathlib.Path) -> str:
-    """One change of `base.json` a row, named by the fields in which the configs differ."""
+    """One change of `base.json` a row, named by the fields in which the configs differ.
+
+    What a change costs is said in operations: the runs may come from machines of different speed.
+    """
     base = workdir.read_json(path / 'base.json')
-    head = (
-        'change', 'validation accuracy', 'difference', 's/epoch', 'parameters', 'GFLOP an image',
-    )  # fmt: skip
+    head = ('change', 'validation accuracy', 'difference', 'parameters', 'GFLOP an image')
     rows = [row for row in read(path) if row['name'] != 'base']
     rows.sort(key=lambda row: _change(base, row))
     lines = []
@@ -117,7 +143,6 @@ def ablation_table(path: pathlib.Path) -> str:
             'none' if row is base else _change(base, row),
             f'{row["validation_accuracy"]:.2%}',
             '–' if row is base else f'{difference:+z.2f}',
-            f'{row["train_seconds_per_epoch"]:.0f}',
             f'{row["num_params"]:,}',
             f'{row["train_gflop_per_image"]:.3f}',
         ])  # fmt: skip
@@ -220,9 +245,17 @@ def _origin(rows: Sequence[Mapping]) -> str:
     return f'Measured on {devices}, JAX {jax}, commit {", ".join(commits)}.'
 
 
-def _draw_run(path: pathlib.Path) -> None:
-    row = workdir.read_json(path)
-    figures.save(figures.accuracy_by_time([row]), path.with_suffix('.png'))
+def _draw_runs(path: pathlib.Path) -> None:
+    """A figure each: minutes of different machines do not go on one axis."""
+    for file in _files(path):
+        figures.save(figures.accuracy_by_time([workdir.read_json(file)]), file.with_suffix('.png'))
+
+
+def _draw_crossval(path: pathlib.Path) -> None:
+    results = workdir.read_json(path)
+    title = f'{figures.run_title(results)}, {results["num_folds"]} folds'
+    histories = {results['kernel']: [fold['history'] for fold in results['folds']]}
+    figures.save(figures.learning_bands(histories, title), path.with_suffix('.png'))
 
 
 def _draw_comparison(path: pathlib.Path) -> None:
@@ -253,10 +286,12 @@ def _draw_nothing(path: pathlib.Path) -> None:
 
 
 TABLES = {
-    'run': (run_table, _draw_run),
+    'runs': (runs_table, _draw_runs),
     'comparison': (comparison_table, _draw_comparison),
     'study': (study_table, _draw_nothing),
     'ablations': (ablation_table, _draw_nothing),
+    'crossval': (crossval_table, _draw_crossval),
+    'sweep': (sweep_table, _draw_nothing),
     'train_step': (train_step_table, _draw_nothing),
     'tokens': (tokens_table, _draw_tokens),
 }

@@ -17,7 +17,7 @@ from optuna.distributions import BaseDistribution
 from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy.exc import SQLAlchemyError
 
-from performer_vit import locks
+from performer_vit import environment, locks
 from performer_vit import workdir as run_directory
 from performer_vit.errors import BadInput
 
@@ -90,8 +90,15 @@ class Trial:
         seconds: float,
         message: str | None = None,
     ) -> None:
-        """Writes how the trial ended; a pruned one keeps the last value that it reported."""
-        for name, note in {'epochs': epochs, 'seconds': seconds, 'message': message}.items():
+        """Writes how and where the trial ended; a pruned one keeps its last reported value."""
+        notes = {
+            'epochs': epochs,
+            'seconds': seconds,
+            'message': message,
+            'device': environment.device(),
+            'versions': environment.versions(),
+        }
+        for name, note in notes.items():
             self._trial.set_user_attr(name, note)
         self._study.tell(self.number, value, state)
 

@@ -203,6 +203,12 @@ def all_figures():
         )
     ]  # fmt: skip
     made['comparison'] = figures.comparison(rows, 'All kernels on digits')
+    trained = [
+        run(kernel, 0.9, history=history(5), device=f'cpu (a long name, family {family}, 2 cores)')
+        for family, kernel in enumerate(figures.MODEL_COLOURS)
+    ]
+    made['accuracy-1'] = figures.accuracy_by_time(trained[:1])
+    made['accuracy-2'] = figures.accuracy_by_time([*trained[:2], trained[0]])
     for blocks, heads in ((2, 1), (6, 8)):
         made[f'kernels-{blocks}'] = figures.kernel_profiles(learnt_kernel(blocks, heads), TITLE)
     made |= figures.approximation_figures(approximation_study())
@@ -230,9 +236,10 @@ def all_figures():
 INSPECTED_DEEP = ('attention_8', 'rollout', 'attention_gap', 'misclassified', 'confused_pairs')
 FIGURES = (
     'curves-1', 'curves-3', 'curves-100', 'confusion-10', 'per-class-10', 'confidence-10',
-    'confusion-100', 'per-class-100', 'confidence-100', 'comparison', 'approximation-features',
-    'approximation-length', 'approximation-scale', 'approximation-projections', 'model-speed',
-    'kernels-2', 'kernels-6', 'bands', 'pareto', 'inspect-attention_1', 'inspect-rollout',
+    'confusion-100', 'per-class-100', 'confidence-100', 'comparison', 'accuracy-1', 'accuracy-2',
+    'approximation-features', 'approximation-length', 'approximation-scale',
+    'approximation-projections', 'model-speed', 'kernels-2', 'kernels-6', 'bands', 'pareto',
+    'inspect-attention_1', 'inspect-rollout',
     'inspect-attention_gap', 'inspect-misclassified', 'inspect-confused_pairs',
     'inspect-8-attention_8', 'inspect-8-rollout', 'inspect-8-attention_gap',
     'inspect-8-misclassified', 'inspect-8-confused_pairs',
@@ -503,6 +510,22 @@ def test_styles_tell_models_apart():
 
 
 # Learning curves of several runs, and the front of accuracy and speed
+
+
+def test_accuracy_is_drawn_against_the_minutes_of_its_machine():
+    """Catches seconds, epochs that are not added up, and another machine's name on the axis."""
+    rows = [
+        run('relu', 0.9, history=[{'seconds': s, 'validation_accuracy': 0.5} for s in (60, 120)]),
+        run('exact', 0.8, history=[{'seconds': 90, 'validation_accuracy': None}]),
+    ]
+    (axes,) = figures.accuracy_by_time([row | {'device': 'this'} for row in rows]).axes
+    relu, star, _, other = axes.lines[:4]
+    np.testing.assert_allclose(relu.get_xydata(), [[1, 50], [3, 50]])
+    np.testing.assert_allclose([star.get_xydata(), other.get_xydata()], [[[3, 90]], [[1.5, 80]]])
+    assert axes.get_xlabel() == 'training (minutes on this)'
+    devices = [row | {'device': name} for row, name in zip(rows, 'ab', strict=True)]
+    (axes,) = figures.accuracy_by_time(devices).axes
+    assert axes.get_xlabel() == 'training (minutes on a and b)'
 
 
 def test_bands_hold_mean_and_sample_deviation():

@@ -29,6 +29,7 @@ from tensorboard.plugins.hparams import (
 from performer_vit import (
     checkpoints,
     crossval,
+    environment,
     locks,
     progress,
     proposals,
@@ -279,6 +280,8 @@ def test_a_diverged_trial_is_recorded_and_the_sweep_goes_on(tmp_path, trainer, m
     assert rows[1]['message'] == 'the loss of step 7 is not finite.'
     assert 'more memory' in rows[2]['message']
     assert rows[1]['value'] is None and results['best']['number'] in (0, 3)
+    assert all(row['device'] == environment.device() for row in rows)
+    assert all(row['versions']['jax'] == jax.__version__ for row in rows)
     text = (tmp_path / 'table.md').read_text()
     assert 'trial_0001 failed: the loss of step 7 is not finite.' in text
 

@@ -82,11 +82,73 @@ def test_ablations_are_named_by_what_changed(tmp_path):
         tables.ablation_table(tmp_path)
 
 
-def test_a_run_says_its_minutes(tmp_path):
+def test_runs_say_their_minutes_and_their_machines(tmp_path):
+    """Catches one machine's minutes under another's name."""
     write(tmp_path, name='one', history=[{'seconds': 300.0, 'validation_accuracy': None}] * 3)
-    assert cells(tables.run_table(tmp_path / 'one.json').splitlines()[2])[:4] == [
-        'Performer-ReLU', '70.12%', '15', '2',
+    write(tmp_path, 'exact', name='other', device='2 × GPU (made up)')
+    vit, relu = (cells(line) for line in tables.runs_table(tmp_path).splitlines()[2:4])
+    assert relu[:5] == ['`one`', 'Performer-ReLU', '70.12%', '15', '2']
+    assert relu[-1] == '1 × cpu (made up)'
+    assert vit[:4] == ['`other`', 'ViT', '70.12%', '4'] and vit[-1] == '2 × GPU (made up)'
+    readme = tmp_path / 'README.md'
+    readme.write_text('<!-- begin runs . -->\n<!-- end -->\n')
+    tables.main(['tables', str(readme)])
+    assert all((tmp_path / f'{name}.png').stat().st_size > 5000 for name in ('one', 'other'))
+
+
+def test_folds_of_a_cross_validation_and_their_interval(tmp_path):
+    """Catches a mean without its deviation, and an interval of other folds."""
+    common = {'validation_loss': 0.5, 'epochs': 2, 'train_seconds_per_epoch': 100.0}
+    results = {
+        **{field: ROW[field] for field in ('dataset', 'kernel', 'device', 'versions')},
+        'epochs': 2,
+        'num_folds': 2,
+        'validation_accuracy': 0.81,
+        'validation_accuracy_deviation': 0.0141,
+        'validation_accuracy_low': 0.7,
+        'validation_accuracy_high': 0.92,
+        'folds': [
+            {'validation_accuracy': accuracy, **common, 'history': ROW['history']}
+            for accuracy in (0.8, 0.82)
+        ],
+    }
+    path = tmp_path / 'relu.json'
+    workdir.write_json(path, results)
+    text = tables.crossval_table(path)
+    assert [cells(line)[:2] for line in text.splitlines()[2:5]] == [
+        ['0', '80.00 %'], ['1', '82.00 %'], ['mean', '81.00 ± 1.41 %'],
     ]  # fmt: skip
+    assert '70.00 % to 92.00 %' in text and text.endswith('commit 0123456.')
+    readme = tmp_path / 'README.md'
+    readme.write_text('<!-- begin crossval relu.json -->\n<!-- end -->\n')
+    tables.main(['tables', str(readme)])
+    assert text in readme.read_text() and (tmp_path / 'relu.png').stat().st_size > 5000
+
+
+def test_trials_of_a_sweep(tmp_path):
+    """Catches a value under the wrong field, and a machine that is not named."""
+    common = {'epochs': 2, 'seconds': 90.0, 'message': None}
+    origin = {field: ROW[field] for field in ('device', 'versions')}
+    fields = 'model.width', 'optimizer.learning_rate'
+    results = {
+        'space': [[field, 'choice', []] for field in fields],
+        'trials': [
+            {
+                'number': number,
+                'state': state,
+                'value': value,
+                'params': dict(zip(fields, (width, 0.01), strict=True)),
+                **common,
+                **origin,
+            }
+            for number, state, value, width in ((1, 'complete', 0.8, 64), (0, 'pruned', 0.5, 32))
+        ],
+    }
+    workdir.write_json(tmp_path / 'sweep.json', results)
+    text = tables.sweep_table(tmp_path / 'sweep.json')
+    assert cells(text.splitlines()[2]) == ['1', '80.00 %', 'complete', '2', '1.5', '64', '0.01']
+    assert cells(text.splitlines()[3])[:3] == ['0', '50.00 %', 'pruned']
+    assert text.endswith('Measured on 1 × cpu (made up), JAX 0.10.2, commit 0123456.')
 
 
 def spread(value):
