@@ -1,9 +1,12 @@
 """Trains, evaluates, compares: python run.py --config=configs/performer_relu.py [--mode=train]."""
 
+import signal
+import sys
+
 from absl import app, flags
 from ml_collections import config_flags
 
-from performer_vit import cpu_backend
+from performer_vit import cpu_backend, interruption
 from performer_vit.command_line import fail, parse, quiet_libraries
 from performer_vit.errors import BadInput
 
@@ -40,6 +43,8 @@ def _main(argv: list[str]) -> None:
     _check_flags(argv, mode, config_flag)
 
     quiet_libraries()
+    # Outside of training, SIGTERM interrupts as SIGINT does.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     # Orbax, scikit-learn and matplotlib take seconds to import; a mistyped flag should not.
     from performer_vit import crossval, evaluate, inspection, sweep, train, variants, workdir
 
@@ -62,6 +67,9 @@ def _main(argv: list[str]) -> None:
         actions[mode](_CONFIG.value, _WORKDIR.value, name)
     except (BadInput, FloatingPointError) as error:
         fail(error)
+    except KeyboardInterrupt as error:
+        print(f'{error or "Interrupted."} The same command goes on.', file=sys.stderr)
+        sys.exit(interruption.EXIT_CODE)
 
 
 def _check_flags(argv: list[str], mode: str, config_flag) -> None:

@@ -1,7 +1,13 @@
 """The train state, and its life on disk by Orbax."""
 
+import collections
+import hashlib
+import itertools
+import json
 import os
 import pathlib
+import textwrap
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -12,8 +18,6 @@ import orbax.checkpoint as ocp
 from flax import struct
 
 from performer_vit.errors import BadInput
-
-_policies = ocp.checkpoint_managers
 
 
 @struct.dataclass
@@ -68,95 +72,200 @@ def create_state(
     )
 
 
-def _validation_accuracy(metrics: dict) -> float:
-    return metrics['validation_accuracy']
+Saved = collections.namedtuple('Saved', 'state history seconds')
+Saved.__doc__ = """What a checkpoint holds.
+
+One replica of the train state; the rows of the epochs that were finished; and the seconds that the
+steps of the epoch in progress took, 0.0 between epochs.
+"""
 
 
-def manager(directory: str | os.PathLike, keep: int, has_validation: bool) -> ocp.CheckpointManager:
-    """Asynchronous checkpoints in `directory`: the last `keep`, and the best on validation."""
-    if keep < 1:
-        raise BadInput(f'checkpoint.keep is {keep}; set it to 1 or more.')
-    policy = _policies.AnyPreservationPolicy([
-        _policies.LatestN(keep),
-        _policies.BestN(
-            get_metric_fn=_validation_accuracy, n=1, keep_checkpoints_without_metrics=False
-        ),
-    ])  # fmt: skip
-    options = ocp.CheckpointManagerOptions(
-        preservation_policy=policy,
-        # The policy decides what is kept; without best_fn Orbax would forget the metrics of earlier
-        # checkpoints when the process ends, and with them which one was the best.
-        best_fn=_validation_accuracy if has_validation else None,
-        cleanup_tmp_directories=True,
-        enable_async_checkpointing=True,
-    )
-    return ocp.CheckpointManager(
-        pathlib.Path(directory).absolute(), options=options, item_names=('state', 'history')
-    )
+class Checkpoints:
+    """The checkpoints of a run: the latest, and the best on validation; written in the background.
 
-
-def save(checkpoints: ocp.CheckpointManager, state: TrainState, history: list[dict]) -> None:
-    """Saves one replica of the state and the history so far, in the background."""
-    # A host copy of its own: the step that follows donates the device's buffers.
-    state = jax.tree.map(np.array, state)
-    accuracy = history[-1]['validation_accuracy']
-    checkpoints.save(
-        int(state.step),
-        args=ocp.args.Composite(
-            state=ocp.args.StandardSave(state), history=ocp.args.JsonSave({'rows': history})
-        ),
-        metrics=None if accuracy is None else {'validation_accuracy': accuracy},
-    )
-
-
-def restore(
-    checkpoints: ocp.CheckpointManager, template: TrainState, step: int | None = None
-) -> tuple[TrainState, list[dict]] | None:
-    """State and history of a step (default: the latest), or None where there is no checkpoint.
+    The best is that with the highest validation accuracy of those that are saved after every
+    `every_epochs`-th epoch and after the last; of equals, the latest. The history decides this, so
+    that no file beside a checkpoint's own needs to be whole.
 
     Args:
-      checkpoints: from `manager`.
-      template: a state of the same structure, shapes and dtypes.
-      step: a step that was saved.
-
-    Raises:
-      BadInput: the checkpoint holds another structure.
+      directory: where they are, or will be.
+      keep: how many of the latest to keep.
+      every_epochs: after how many epochs there is one.
     """
-    step = checkpoints.latest_step() if step is None else step
-    if step is None:
-        return None
-    abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, jax.tree.map(np.asarray, template))
-    try:
-        restored = checkpoints.restore(
-            step,
+
+    def __init__(self, directory: str | os.PathLike, keep: int, every_epochs: int):
+        if keep < 1:
+            raise BadInput(f'checkpoint.keep is {keep}; set it to 1 or more.')
+        self.directory = pathlib.Path(directory).absolute()
+        self._every_epochs = every_epochs
+        self._preserved = _Preserved(keep)
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=self._preserved,
+            cleanup_tmp_directories=True,
+            enable_async_checkpointing=True,
+        )
+        self._manager = ocp.CheckpointManager(
+            self.directory, options=options, item_names=('state', 'history')
+        )
+
+    def steps(self) -> list[int]:
+        """The steps that there are checkpoints of, in their order."""
+        return sorted(self._manager.all_steps())
+
+    def wait(self) -> None:
+        """Until all is written."""
+        self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        """Waits, and ends the threads that write."""
+        self._manager.close()
+
+    def save(self, state: TrainState, history: list[dict], seconds: float | None = None) -> None:
+        """Saves one replica of the state and the history so far, in the background.
+
+        Args:
+          state: one replica.
+          history: the rows of the epochs that were finished.
+          seconds: spent on the steps of an epoch in progress; None after an epoch's end, where the
+            state is that of the history's last row.
+        """
+        # A host copy of its own: the step that follows donates the device's buffers.
+        state = jax.tree.map(np.array, state)
+        progress = {'rows': history, 'seconds': seconds or 0.0}
+        row = self._best_row(history, ends_run=seconds is None)
+        self._preserved.best = None if row is None else row['step']
+        self._manager.save(
+            int(state.step),
             args=ocp.args.Composite(
-                state=ocp.args.StandardRestore(abstract), history=ocp.args.JsonRestore()
+                state=ocp.args.StandardSave(state),
+                history=ocp.args.JsonSave({**progress, 'digest': _digest(state, progress)}),
             ),
         )
-    except ValueError as error:
-        if 'tree structures do not match' not in str(error):
+
+    def restore(self, template: TrainState, step: int) -> Saved:
+        """What was saved after a step.
+
+        Args:
+          template: a state of the same structure, shapes and dtypes.
+          step: one that was saved.
+
+        Raises:
+          BadInput: the checkpoint is damaged, or holds another structure.
+        """
+        template = jax.tree.map(np.asarray, template)
+        abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, template)
+        try:
+            restored = self._manager.restore(
+                step,
+                args=ocp.args.Composite(
+                    state=ocp.args.StandardRestore(abstract), history=ocp.args.JsonRestore()
+                ),
+            )
+            digest = restored.history.pop('digest')
+            if digest != _digest(jax.tree.map(np.asarray, restored.state), restored.history):
+                raise ValueError('its content is not what was written')
+            return Saved(restored.state, restored.history['rows'], restored.history['seconds'])
+        except MemoryError:
             raise
-        raise BadInput(
-            f'the checkpoint of step {step} in {checkpoints.directory} holds another state than '
-            'this version of the code has: go on with the version that wrote it, or train again '
-            'in another --workdir.'
-        ) from error
-    return restored.state, restored.history['rows']
+        except Exception as error:  # Of any kind: anything may come of a damaged file.
+            # A digest that is not there at all: of an earlier version.
+            if 'tree structures do not match' in str(error) or isinstance(error, KeyError):
+                raise BadInput(
+                    f'the checkpoint of step {step} in {self.directory} holds another state than '
+                    'this version of the code has: go on with the version that wrote it, or train '
+                    'again in another --workdir.'
+                ) from error
+            raise BadInput(
+                f'the checkpoint of step {step} in {self.directory} is damaged ({_text(error)}): '
+                'restore it from a copy, or train again in another --workdir.'
+            ) from error
+
+    def restore_latest(self, template: TrainState, warn: Callable[[str], None]) -> Saved | None:
+        """The latest that is whole, or None where there is no checkpoint at all.
+
+        Those after it are damaged. They are moved to `damaged_checkpoints` beside the directory,
+        since the run will come to their steps again; nothing is deleted.
+
+        Args:
+          template: a state of the same structure, shapes and dtypes.
+          warn: gets a line about each that is moved.
+
+        Raises:
+          BadInput: all are damaged, or hold another structure; none is moved.
+        """
+        damaged = {}
+        for step in reversed(self.steps()):
+            try:
+                saved = self.restore(template, step)
+            except BadInput as error:
+                damaged[step] = error
+                continue
+            for bad, error in damaged.items():
+                warn(f'{error} It is moved, and the one of step {step} is used.')
+                _move_away(self.directory, bad)
+            if damaged:
+                self._manager.reload()
+            return saved
+        if damaged:
+            raise damaged[max(damaged)]
+        return None
+
+    def best(self, history: list[dict]) -> dict:
+        """The row of the best checkpoint of a run that has ended.
+
+        Raises:
+          BadInput: its checkpoint is gone.
+        """
+        row = self._best_row(history, ends_run=True)
+        if row['step'] not in self.steps():
+            raise BadInput(
+                f'the checkpoint of step {row["step"]}, the best on validation, is not in '
+                f'{self.directory}: restore it, or train again in another --workdir.'
+            )
+        return row
+
+    def _best_row(self, history: list[dict], ends_run: bool) -> dict | None:
+        """Of the rows that have a checkpoint; the last has one if the run ends there."""
+        rows = [
+            row
+            for row in history
+            if row['validation_accuracy'] is not None
+            and (row['epoch'] % self._every_epochs == 0 or (ends_run and row is history[-1]))
+        ]
+        return max(rows, key=lambda row: (row['validation_accuracy'], row['step']), default=None)
 
 
-def best(checkpoints: ocp.CheckpointManager, history: list[dict], every_epochs: int) -> dict:
-    """The row of the saved epoch with the highest validation accuracy; of equals, the latest.
+class _Preserved:
+    """What Orbax asks about which checkpoints to keep: the latest ones and the best."""
 
-    Saved is every `every_epochs`-th epoch, and the last. Orbax keeps the best by the same rule.
+    def __init__(self, keep: int):
+        self.keep = keep
+        self.best = None
 
-    Raises:
-      BadInput: its checkpoint is gone.
-    """
-    rows = [row for row in history if row['epoch'] % every_epochs == 0 or row is history[-1]]
-    row = max(rows, key=lambda row: (row['validation_accuracy'], row['step']))
-    if row['step'] not in checkpoints.all_steps():
-        raise BadInput(
-            f'the checkpoint of step {row["step"]}, the best on validation, is not in '
-            f'{checkpoints.directory}: restore it, or train again in another --workdir.'
-        )
-    return row
+    def should_preserve(self, checkpoints: Sequence, *, context) -> list[bool]:
+        del context
+        latest = sorted(checkpoint.step for checkpoint in checkpoints)[-self.keep :]
+        return [checkpoint.step in (*latest, self.best) for checkpoint in checkpoints]
+
+
+def _digest(state: TrainState, progress: Mapping) -> str:
+    """A fingerprint of all that a checkpoint holds: Orbax would not notice a flipped bit."""
+    digest = hashlib.blake2b(json.dumps(progress, sort_keys=True).encode(), digest_size=16)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(state):
+        leaf = np.ascontiguousarray(leaf)
+        digest.update(f'{jax.tree_util.keystr(path)} {leaf.dtype} {leaf.shape}'.encode())
+        digest.update(leaf.tobytes())
+    return digest.hexdigest()
+
+
+def _move_away(directory: pathlib.Path, step: int) -> None:
+    target = directory.with_name('damaged_checkpoints')
+    target.mkdir(exist_ok=True)
+    taken = {path.name for path in target.iterdir()}
+    names = itertools.chain([f'{step}'], (f'{step}-{number}' for number in itertools.count(2)))
+    (directory / f'{step}').rename(target / next(name for name in names if name not in taken))
+
+
+def _text(error: Exception) -> str:
+    """An error in one line of bounded length."""
+    return textwrap.shorten(f'{type(error).__name__}: {error}', 200, placeholder=' …')

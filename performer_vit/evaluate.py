@@ -524,16 +524,14 @@ def restore_run(workdir: str | os.PathLike) -> Finished:
     template = checkpoints.create_state(
         model, tx, dataset.image_shape, config.seed, ema=config.ema_decay > 0
     )
-    saved = checkpoints.manager(
-        workdir / 'checkpoints', config.checkpoint.keep, dataset.validation is not None
-    )
+    saved = checkpoints.Checkpoints(workdir / 'checkpoints', **config.checkpoint)
     step = results['tested_step']
-    if step not in saved.all_steps():
+    if step not in saved.steps():
         raise BadInput(
             f'{workdir} has no checkpoint of step {step}, which the run had tested: restore it, or '
             'train again in another --workdir.'
         )
-    state, _ = checkpoints.restore(saved, template, step)
+    state = saved.restore(template, step).state
     saved.close()
     return Finished(config, results, dataset, model, state, template.params)
 

@@ -7,6 +7,7 @@ import os
 import pathlib
 import time
 from collections.abc import Callable, Iterator
+from typing import NoReturn
 
 import jax
 import jax.numpy as jnp
@@ -22,13 +23,14 @@ from performer_vit import (
     figures,
     flops,
     input_pipeline,
+    interruption,
     optimizers,
     progress,
     vit,
 )
 from performer_vit import predict as prediction
 from performer_vit import workdir as run_directory
-from performer_vit.checkpoints import TrainState
+from performer_vit.checkpoints import Checkpoints, Saved, TrainState
 from performer_vit.errors import BadInput, choose
 from performer_vit.favor import redraw_projections
 
@@ -219,18 +221,21 @@ def run_steps(
     steps: range,
     log_every: int,
     observe: Callable[[int, dict], None],
+    stop: Callable[[], bool] = lambda: False,
 ) -> tuple[TrainState, dict]:
     """The hot loop: runs `steps`, and hands the metrics of every `log_every`-th to `observe`.
 
     Metrics are read only after the next step has been dispatched, so that the device never waits
-    for the host.
+    for the host. Before each step `stop` is asked whether to leave that one and the rest undone.
 
     Returns:
-      The new state, and the metrics of the last step.
+      The new state, and the metrics of the last step; {} where there was none.
     """
     pending = None
     metrics = {}
     for step in steps:
+        if stop():
+            break
         state, metrics = train_step(state, next(batches))
         if pending:
             observe(*pending)
@@ -374,7 +379,20 @@ def _fit(
 ) -> dict:
     """The training itself, which `finish` ends: `_test` or `_score`."""
     training = prepare(config, dataset)
-    workdir = run_directory.claim(workdir, config.to_dict(), dataset.name)
+    with run_directory.alone(workdir), interruption.deferred() as asked_to_stop:
+        workdir = run_directory.claim(workdir, config.to_dict(), dataset.name)
+        return _run(config, dataset, workdir, training, finish, on_epoch, asked_to_stop)
+
+
+def _run(
+    config,
+    dataset: datasets.Dataset,
+    workdir: pathlib.Path,
+    training: 'Training',
+    finish: Callable[['_Fitted'], dict],
+    on_epoch: Callable[[dict], None],
+    asked_to_stop: Callable[[], bool],
+) -> dict:
     say = functools.partial(progress.say, dataset.name)
     if (workdir / 'results.json').exists():
         results = run_directory.read_json(workdir / 'results.json')
@@ -386,18 +404,19 @@ def _fit(
                 f'is to be {kinds[here]}: give it another --workdir=DIR.'
             )
         say(f'This run is finished, and nothing of it is done again. It is in {workdir}')
+        if not (workdir / 'history.csv').exists():
+            run_directory.write_history(workdir / 'history.csv', results['history'])
         say(evaluate.summary_table(results))
         return results
     say(_description(training, dataset, workdir))
 
-    saved = checkpoints.manager(
-        workdir / 'checkpoints', config.checkpoint.keep, dataset.validation is not None
-    )
-    state, history = checkpoints.restore(saved, training.state) or (training.state, [])
-    if history:
-        say(f'Going on after epoch {history[-1]["epoch"]}, from a checkpoint.')
-        run_directory.write_history(workdir / 'history.csv', history)
+    saved = Checkpoints(workdir / 'checkpoints', **config.checkpoint)
+    start = saved.restore_latest(training.state, warn=say)
+    state, history, seconds = start or Saved(training.state, [], 0.0)
     first_step, last_step = int(state.step), config.num_epochs * training.steps_per_epoch
+    if start:
+        say(f'Going on after step {first_step:,} of {last_step:,}, from a checkpoint.')
+        run_directory.write_history(workdir / 'history.csv', history)
     batches = functools.partial(
         input_pipeline.train_batches,
         dataset.train,
@@ -426,24 +445,28 @@ def _fit(
         for epoch in range(len(history), config.num_epochs):
             if stops_early(history, config.early_stopping_patience):
                 break
-            steps = range(epoch * training.steps_per_epoch, (epoch + 1) * training.steps_per_epoch)
+            end = (epoch + 1) * training.steps_per_epoch
+            steps = range(max(first_step, end - training.steps_per_epoch), end)
             started = time.perf_counter()
             state, metrics = run_steps(
-                train_step, state, batches, steps, config.log_every_steps, observe
+                train_step, state, batches, steps, config.log_every_steps, observe, asked_to_stop
             )
-            raise_if_bad(scalar(metrics['first_bad_step']))
-            seconds = time.perf_counter() - started
+            raise_if_bad(scalar(state.first_bad_step))
+            seconds += time.perf_counter() - started
+            if scalar(state.step) < end:
+                _save_and_stop(saved, state, history, seconds)
             row = {
                 'dataset': dataset.name,
                 'epoch': epoch + 1,
-                'step': steps.stop,
-                'train_loss': scalar(state.epoch_sums['loss']) / len(steps),
-                'train_accuracy': scalar(state.epoch_sums['accuracy']) / len(steps),
+                'step': end,
+                'train_loss': scalar(state.epoch_sums['loss']) / training.steps_per_epoch,
+                'train_accuracy': scalar(state.epoch_sums['accuracy']) / training.steps_per_epoch,
                 'validation_loss': None,
                 'validation_accuracy': None,
                 'learning_rate': scalar(metrics['learning_rate']),
                 'seconds': seconds,
             }
+            seconds = 0.0
             if dataset.validation is not None:
                 log_probabilities = predict(state, dataset.validation)
                 labels = dataset.validation.labels
@@ -456,10 +479,10 @@ def _fit(
                 history, config.early_stopping_patience
             )
             if is_last or (epoch + 1) % config.checkpoint.every_epochs == 0:
-                checkpoints.save(saved, jax_utils.unreplicate(state), history)
+                saved.save(jax_utils.unreplicate(state), history)
             shown.epoch_done(row)
             on_epoch(row)
-        saved.wait_until_finished()
+        saved.wait()
 
         epoch_seconds = float(np.median([row['seconds'] for row in history]))
         results = {
@@ -482,6 +505,21 @@ def _fit(
     return results
 
 
+def _save_and_stop(
+    saved: Checkpoints,
+    state: TrainState,
+    history: list[dict],
+    seconds: float,
+) -> NoReturn:
+    """Saves a replicated state in the middle of an epoch, and raises `Interrupted`."""
+    step = scalar(state.step)
+    # Where the last save was of this very step, there is nothing to save; nor at the beginning.
+    if step and step not in saved.steps():
+        saved.save(jax_utils.unreplicate(state), history, seconds)
+        saved.wait()
+    raise interruption.Interrupted(f'Asked to stop, this run has saved step {step:,}.')
+
+
 _Fitted = collections.namedtuple(
     '_Fitted', 'config dataset workdir training state saved predict shown results'
 )
@@ -494,8 +532,8 @@ def _test(fitted: _Fitted) -> dict:
     history = results['history']
     tested = history[-1]
     if config.test_state == 'best':
-        tested = checkpoints.best(saved, history, config.checkpoint.every_epochs)
-        state, _ = checkpoints.restore(saved, training.state, tested['step'])
+        tested = saved.best(history)
+        state = saved.restore(training.state, tested['step']).state
         state = jax_utils.replicate(state, axis_name='batch')
     log_probabilities, inference_seconds = prediction.timed(predict, state, dataset.test)
     results = {

@@ -3,16 +3,18 @@
 They are written whole and swapped in, so that a reader or a crash never meets half a file.
 """
 
+import contextlib
 import csv
 import io
 import json
 import os
 import pathlib
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
+from performer_vit import locks
 from performer_vit.datasets import DATASETS
 from performer_vit.errors import BadInput
 
@@ -147,6 +149,36 @@ def _not_writable(workdir: pathlib.Path, error: OSError) -> str:
     )
 
 
+def _made(workdir: str | os.PathLike) -> pathlib.Path:
+    """The directory, made where it is missing, absolute."""
+    workdir = pathlib.Path(workdir).absolute()
+    check_writable(workdir)
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise BadInput(_not_writable(workdir, error)) from error
+    return workdir
+
+
+@contextlib.contextmanager
+def alone(workdir: str | os.PathLike) -> Iterator[None]:
+    """Within, no other process trains in the directory, which is made where it is missing.
+
+    Raises:
+      BadInput: another one does, or the directory cannot be written.
+    """
+    workdir = _made(workdir)
+    # Not `.lock`, which is that of a trial and is held around this one.
+    lock = locks.take(workdir / '.training.lock', wait=False)
+    if lock is None:
+        raise BadInput(
+            f'another process trains in the workdir {workdir}: wait for it, stop it, or give this '
+            'run another --workdir=DIR.'
+        )
+    with lock:
+        yield
+
+
 def claim(workdir: str | os.PathLike, config: Mapping, dataset_read: str) -> pathlib.Path:
     """Makes the directory, or checks that the run in it is this very one, and returns its path.
 
@@ -154,12 +186,7 @@ def claim(workdir: str | os.PathLike, config: Mapping, dataset_read: str) -> pat
       BadInput: the directory cannot be written, or holds a run with another config; the message
         lists every field that differs.
     """
-    workdir = pathlib.Path(workdir).absolute()
-    check_writable(workdir)
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise BadInput(_not_writable(workdir, error)) from error
+    workdir = _made(workdir)
     mine = json.loads(json.dumps({**config, 'dataset_read': dataset_read}))
     path = workdir / 'config.json'
     if not path.exists():

@@ -3,6 +3,7 @@
 import contextlib
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 
 from performer_vit import checkpoints, datasets, train, workdir
+from performer_vit.errors import BadInput
 from tests.conftest import ROOT, load_config
 
 SMALL = (
@@ -112,8 +114,9 @@ def test_kill_9_at_three_moments_changes_nothing(tmp_path):
     template = train.prepare(config, datasets.load('digits')).state
     states = []
     for name in ('whole', 'killed'):
-        manager = checkpoints.manager(tmp_path / name / 'checkpoints', 2, has_validation=True)
-        states.append(jax.tree.map(np.asarray, checkpoints.restore(manager, template)[0]))
+        manager = checkpoints.Checkpoints(tmp_path / name / 'checkpoints', 2, 1)
+        saved = manager.restore(template, manager.steps()[-1])
+        states.append(jax.tree.map(np.asarray, saved.state))
         manager.close()
     assert int(states[0].step) == 4 * (1149 // 64)
     jax.tree.map(np.testing.assert_array_equal, *states)
@@ -123,6 +126,35 @@ def test_kill_9_at_three_moments_changes_nothing(tmp_path):
     history = workdir.read_history(tmp_path / 'killed' / 'history.csv')
     for row, other in zip(history, whole, strict=True):
         assert {**row, 'seconds': 0} == {**other, 'seconds': 0}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM])
+def test_a_run_that_is_asked_to_stop_saves_and_says_so(tmp_path, number):
+    """Exit code 75, and a line that says what was saved; the same command goes on from there.
+
+    Meanwhile another process on the workdir is refused. Catches a code that scripts take for a
+    failure, a traceback, and two processes that write the same files.
+    """
+    # So many epochs that none of this is over before the signal comes.
+    long = [*SMALL, '--config.num_epochs=100000', f'--workdir={tmp_path}/run']
+    process = subprocess.Popen(
+        [sys.executable, 'run.py', *long], cwd=ROOT, env=environment(),
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    for line in process.stdout:
+        if 'Epoch 1/' in line:
+            break
+    with pytest.raises(BadInput, match='another process trains in the workdir'):
+        with workdir.alone(tmp_path / 'run'):
+            pass
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode == 75, errors
+    assert 'Traceback' not in errors
+    (step,) = re.findall(r'Asked to stop, this run has saved step ([\d,]+)\. The same', errors)
+    saved = sorted(int(path.name) for path in (tmp_path / 'run' / 'checkpoints').glob('[0-9]*'))
+    assert saved[-1] == int(step.replace(',', ''))
 
 
 @pytest.mark.slow

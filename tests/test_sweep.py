@@ -27,7 +27,6 @@ from tensorboard.plugins.hparams import (
 )
 
 from performer_vit import (
-    checkpoints,
     crossval,
     environment,
     locks,
@@ -802,16 +801,16 @@ def test_a_trial_pruned_while_it_goes_on_closes_its_checkpoints(tmp_path, tiny_c
             raise optuna.TrialPruned
 
     opened = []
-    real = checkpoints.manager
+    real = train.Checkpoints
 
-    def manager(*arguments):
-        made = real(*arguments)
+    def manager(*arguments, **more):
+        made = real(*arguments, **more)
         close = made.close
         opened.append(made)
         monkeypatch.setattr(made, 'close', lambda: (close(), opened.remove(made)))
         return made
 
-    monkeypatch.setattr(checkpoints, 'manager', manager)
+    monkeypatch.setattr(train, 'Checkpoints', manager)
     for _ in range(2):
         with pytest.raises(optuna.TrialPruned):
             train.validate(tiny_config, data, tmp_path, stop)

@@ -2,7 +2,9 @@
 
 import dataclasses
 import functools
+import os
 import shutil
+import signal
 
 import jax
 import jax.numpy as jnp
@@ -260,10 +262,8 @@ def finished(tmp_path_factory):
 def saved_state(config, directory):
     """Latest state and history in a workdir."""
     training = train.prepare(config, digits())
-    manager = checkpoints.manager(
-        directory / 'checkpoints', config.checkpoint.keep, has_validation=True
-    )
-    state, history = checkpoints.restore(manager, training.state)
+    manager = checkpoints.Checkpoints(directory / 'checkpoints', **config.checkpoint)
+    state, history, _ = manager.restore(training.state, manager.steps()[-1])
     manager.close()
     return jax.tree.map(np.asarray, state), history
 
@@ -306,12 +306,10 @@ def test_test_accuracy_is_that_of_the_saved_weights(finished):
     config, directory, results = finished
     dataset = digits()
     training = train.prepare(config, dataset)
-    manager = checkpoints.manager(
-        directory / 'checkpoints', config.checkpoint.keep, has_validation=True
-    )
+    manager = checkpoints.Checkpoints(directory / 'checkpoints', **config.checkpoint)
     history = workdir.read_history(directory / 'history.csv')
     best = max(history, key=lambda row: (row['validation_accuracy'], row['epoch']))
-    state, _ = checkpoints.restore(manager, training.state, best['step'])
+    state = manager.restore(training.state, best['step']).state
     manager.close()
     pixels = (dataset.test.images / 255.0 - dataset.mean) / dataset.std
     logits = training.model.apply(
@@ -364,25 +362,35 @@ def test_tensorboard_files_read_back(finished):
     assert any('hparams' in tag for tag in tags)
 
 
-def test_interrupted_and_continued_is_the_uninterrupted_run(finished, tmp_path, monkeypatch):
+@pytest.mark.parametrize('how', ['dropped', 'SIGTERM'])
+def test_interrupted_and_continued_is_the_uninterrupted_run(finished, tmp_path, monkeypatch, how):
     """Bit for bit: weights, optimiser, averages, projections, statistics, history. Stops inside
-    epoch 2."""
+    epoch 2, where a signal saves, and the rest of the epoch alone is done again."""
     config, directory, results = finished
-    observe = train.raise_if_bad
-    calls = []
+    observe, run_steps = train.raise_if_bad, train.run_steps
+    calls, first_steps = [], []
 
     def stop_at_the_fifth(first_bad_step):
         calls.append(first_bad_step)
         if len(calls) == 5:
-            raise KeyboardInterrupt
+            if how == 'dropped':
+                raise KeyboardInterrupt
+            os.kill(os.getpid(), signal.SIGTERM)
         observe(first_bad_step)
 
+    def run(train_step, state, batches, steps, *arguments):
+        first_steps.append(steps.start)
+        return run_steps(train_step, state, batches, steps, *arguments)
+
     monkeypatch.setattr(train, 'raise_if_bad', stop_at_the_fifth)
-    with pytest.raises(KeyboardInterrupt):
+    message = None if how == 'dropped' else 'has saved step 1[0-6]'
+    with pytest.raises(KeyboardInterrupt, match=message):
         train.train(config, tmp_path / 'run')
     monkeypatch.undo()
     assert len(workdir.read_history(tmp_path / 'run' / 'history.csv')) == 1
+    monkeypatch.setattr(train, 'run_steps', run)
     again = train.train(config, tmp_path / 'run')
+    assert (first_steps[0] == 8) == (how == 'dropped') and first_steps[1:] == [16]
 
     state, history = saved_state(config, directory)
     resumed, resumed_history = saved_state(config, tmp_path / 'run')
@@ -395,9 +403,9 @@ def test_a_checkpoint_of_another_version_is_named(finished):
     """Catches Orbax's listing of two trees, which says nothing of what to do."""
     config, directory, _ = finished
     template = train.prepare(config, digits()).state.replace(ema=None)
-    manager = checkpoints.manager(directory / 'checkpoints', 1, has_validation=True)
+    manager = checkpoints.Checkpoints(directory / 'checkpoints', 1, 1)
     with pytest.raises(BadInput, match='holds another state.*train again in another --workdir'):
-        checkpoints.restore(manager, template)
+        manager.restore_latest(template, warn=pytest.fail)
     manager.close()
 
 

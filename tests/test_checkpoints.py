@@ -1,0 +1,168 @@
+"""Checkpoints that are damaged on disk: noticed, named, and gone around."""
+
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import linen as nn
+
+from performer_vit import checkpoints
+from performer_vit.checkpoints import Checkpoints
+from performer_vit.errors import BadInput
+
+STEPS = (8, 16, 24)
+
+
+@pytest.fixture(scope='module')
+def template():
+    return checkpoints.create_state(
+        nn.Dense(3), optax.adam(1e-3), image_shape=(4, 4, 2), seed=0, ema=True
+    )
+
+
+def state_of(template, step):
+    moved = jax.tree.map(lambda leaf: leaf + leaf.dtype.type(0.5 * step), template.params)
+    return template.replace(step=jnp.int32(step), params=moved)
+
+
+def history_of(step):
+    return [{'epoch': n, 'step': n, 'validation_accuracy': 0.1 * n} for n in range(8, step + 1, 8)]
+
+
+@pytest.fixture(scope='module')
+def written(template, tmp_path_factory):
+    """Three checkpoints, the second of them in the middle of an epoch."""
+    directory = tmp_path_factory.mktemp('run') / 'checkpoints'
+    manager = Checkpoints(directory, 3, every_epochs=1)
+    for step, seconds in zip(STEPS, (None, 1.25, None), strict=True):
+        manager.save(state_of(template, step), history_of(step), seconds)
+    manager.close()
+    return directory
+
+
+@pytest.fixture
+def copied(written, tmp_path):
+    return shutil.copytree(written, tmp_path / 'run' / 'checkpoints')
+
+
+def latest(directory, template):
+    """What is restored, and the warnings."""
+    warnings = []
+    manager = Checkpoints(directory, 3, every_epochs=1)
+    try:
+        return manager.restore_latest(template, warnings.append), warnings
+    finally:
+        manager.close()
+
+
+def is_whole(saved, template, step):
+    expected = state_of(template, step)
+    same = jax.tree.map(
+        lambda a, b: np.array_equal(a, b) and a.dtype == b.dtype, saved.state, expected
+    )
+    return all(jax.tree.leaves(same)) and saved.history == history_of(step)
+
+
+def files_of(directory, step):
+    files = sorted(path for path in (directory / f'{step}').rglob('*') if path.is_file())
+    assert len(files) > 5
+    return [path for path in files if path.stat().st_size]
+
+
+def truncate(path):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def flip(path):
+    """The lowest bit in the middle of the file."""
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def test_what_is_written_comes_back(written, template):
+    saved, warnings = latest(written, template)
+    assert is_whole(saved, template, 24) and saved.seconds == 0.0 and not warnings
+    manager = Checkpoints(written, 3, every_epochs=1)
+    middle = manager.restore(template, 16)
+    manager.close()
+    assert is_whole(middle, template, 16) and middle.seconds == 1.25
+
+
+@pytest.mark.parametrize('damage', [truncate, flip])
+def test_every_file_of_the_newest_may_be_damaged(written, template, tmp_path, damage):
+    """What is restored is what was written, of the newest or of the one before.
+
+    Where it is the one before, the newest is named and lies elsewhere, as it is. Catches numbers
+    that are read as they happen to lie there, and a checkpoint that is thrown away.
+    """
+    gone_around = 0
+    for number, file in enumerate(files_of(written, 24)):
+        directory = shutil.copytree(written, tmp_path / f'{number}' / 'checkpoints')
+        path = directory / file.relative_to(written)
+        damage(path)
+        content = path.read_bytes()
+        saved, warnings = latest(directory, template)
+        aside = directory.with_name('damaged_checkpoints') / '24'
+        if not warnings:
+            assert is_whole(saved, template, 24), file
+            assert not aside.exists()
+            continue
+        gone_around += 1
+        assert is_whole(saved, template, 16), file
+        (warning,) = warnings
+        assert f'checkpoint of step 24 in {directory}' in warning and 'step 16 is used' in warning
+        assert (aside / file.relative_to(written / '24')).read_bytes() == content
+    assert gone_around >= 2  # Of the files that hold numbers, at the least.
+
+
+def test_a_step_whose_checkpoint_was_damaged_is_saved_anew(copied, template):
+    """Catches a manager that takes the step for saved, and a second one that finds no name."""
+    for expected in ('24', '24-2'):
+        shutil.rmtree(copied / '24' / 'state')
+        latest(copied, template)
+        assert (copied.with_name('damaged_checkpoints') / expected).is_dir()
+        manager = Checkpoints(copied, 3, every_epochs=1)
+        manager.save(state_of(template, 24), history_of(24))
+        manager.close()
+        saved, warnings = latest(copied, template)
+        assert is_whole(saved, template, 24) and not warnings
+
+
+def test_where_all_are_damaged_nothing_is_touched(copied, template):
+    for step in STEPS:
+        shutil.rmtree(copied / f'{step}' / 'state')
+    with pytest.raises(BadInput, match=r'checkpoint of step 24 .* is damaged .*restore it from'):
+        latest(copied, template)
+    assert sorted(path.name for path in copied.iterdir()) == ['16', '24', '8']
+    assert not copied.with_name('damaged_checkpoints').exists()
+
+
+def test_where_there_are_none_the_run_begins(tmp_path, template):
+    assert latest(tmp_path / 'checkpoints', template) == (None, [])
+
+
+def test_a_step_that_is_asked_for_is_never_another(copied, template):
+    """What was tested is evaluated again, or nothing."""
+    shutil.rmtree(copied / '24' / 'state')
+    manager = Checkpoints(copied, 3, every_epochs=1)
+    with pytest.raises(BadInput, match=r'checkpoint of step 24 .* is damaged'):
+        manager.restore(template, 24)
+    manager.close()
+
+
+def test_the_middle_of_an_epoch_is_never_the_best(template, tmp_path):
+    """Catches a checkpoint without a validation of its own that displaces the best one."""
+    manager = Checkpoints(tmp_path, 1, every_epochs=1)
+    rows = history_of(8)
+    manager.save(state_of(template, 8), rows)
+    for step in (10, 12, 14):
+        manager.save(state_of(template, step), rows, 0.5)
+    manager.close()
+    manager = Checkpoints(tmp_path, 1, every_epochs=1)
+    assert manager.steps() == [8, 14]
+    assert manager.best(rows)['step'] == 8
+    manager.close()

@@ -1,0 +1,85 @@
+"""Signals: the first is remembered, the second ends the process."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+
+import pytest
+
+from performer_vit import interruption
+from tests.conftest import ROOT
+
+
+@pytest.mark.parametrize('number', interruption.SIGNALS)
+def test_the_first_signal_is_remembered(number):
+    """Nothing is interrupted, and the handlers are those from before afterwards."""
+    before = [signal.getsignal(each) for each in interruption.SIGNALS]
+    with pytest.raises(interruption.Interrupted, match='has saved'):
+        with interruption.deferred() as asked:
+            assert not asked()
+            os.kill(os.getpid(), number)
+            assert asked()
+            raise interruption.Interrupted('This run has saved.')
+    assert [signal.getsignal(each) for each in interruption.SIGNALS] == before
+
+
+def test_a_signal_that_nobody_acted_on_is_not_swallowed():
+    """Catches a series of runs that goes on with the next one."""
+    with pytest.raises(interruption.Interrupted, match='ended first'):
+        with interruption.deferred():
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_without_a_signal_nothing_happens():
+    with interruption.deferred() as asked:
+        pass
+    assert not asked()
+
+
+def test_errors_pass(monkeypatch):
+    with pytest.raises(ZeroDivisionError):
+        with interruption.deferred():
+            os.kill(os.getpid(), signal.SIGINT)
+            raise ZeroDivisionError
+
+
+def test_an_ignored_signal_stays_ignored():
+    """As `nohup` and shells have it for commands in the background."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with interruption.deferred() as asked:
+            os.kill(os.getpid(), signal.SIGINT)
+            assert not asked()
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def test_other_threads_may_train():
+    """Catches a handler that Python refuses there."""
+    seen = []
+
+    def work():
+        with interruption.deferred() as asked:
+            seen.append(asked())
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert seen == [False]
+
+
+@pytest.mark.parametrize('numbers', [(15, 15), (15, 2), (2, 15), (2, 2)])
+def test_the_second_signal_ends_the_process(numbers):
+    code = f"""
+import os
+from performer_vit import interruption
+with interruption.deferred() as asked:
+    os.kill(os.getpid(), {numbers[0]})
+    print(asked(), flush=True)
+    os.kill(os.getpid(), {numbers[1]})
+    print('still here')
+"""
+    done = subprocess.run([sys.executable, '-c', code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == -numbers[1] and done.stdout == 'True\n', done.stderr
