@@ -655,7 +655,7 @@ def test_kill_9_and_two_workers_by_the_command_line(tmp_path):
     assert text.count('trial_0002, 3 of 6, continued: ') == 1
     for number in (3, 4, 5):
         assert text.count(f'[digits] trial_{number:04d}, {number + 1} of 6: ') == 1
-    assert text.count('Going on after epoch') == 1
+    assert text.count('Going on after step') == 1
     assert {file: file.stat().st_mtime_ns for file in finished} == finished
     results = workdir.read_json(directory / 'results.json')
     rows = by_number(results)
