@@ -15,7 +15,7 @@ def take(path: str | os.PathLike, *, wait: bool) -> IO | None:
       path: of the file, which is made where it is missing and is never removed.
       wait: whether to wait for another process, or to return None at once.
     """
-    import fcntl  # Not on Windows, which needs no lock to train.
+    import fcntl  # Not on Windows, where sweeps need it and trainings go without.
 
     file = open(path, 'a')
     try:

@@ -513,8 +513,10 @@ def _save_and_stop(
 ) -> NoReturn:
     """Saves a replicated state in the middle of an epoch, and raises `Interrupted`."""
     step = scalar(state.step)
-    # Where the last save was of this very step, there is nothing to save; nor at the beginning.
-    if step and step not in saved.steps():
+    if not step:
+        raise interruption.Interrupted('Asked to stop, this run has not done a step.')
+    # Between epochs there may be a checkpoint of this very step.
+    if step not in saved.steps():
         saved.save(jax_utils.unreplicate(state), history, seconds)
         saved.wait()
     raise interruption.Interrupted(f'Asked to stop, this run has saved step {step:,}.')

@@ -164,10 +164,15 @@ def _made(workdir: str | os.PathLike) -> pathlib.Path:
 def alone(workdir: str | os.PathLike) -> Iterator[None]:
     """Within, no other process trains in the directory, which is made where it is missing.
 
+    The lock is the kernel's, which lets go of it however the process ends.
+
     Raises:
       BadInput: another one does, or the directory cannot be written.
     """
     workdir = _made(workdir)
+    if os.name == 'nt':  # Windows has no such lock, and nobody is refused there.
+        yield
+        return
     # Not `.lock`, which is that of a trial and is held around this one.
     lock = locks.take(workdir / '.training.lock', wait=False)
     if lock is None:

@@ -77,3 +77,15 @@ def test_run_names_are_readable_and_safe():
     assert workdir.run_name('configs/vit.py', ' small, cifar10', {}) == 'vit-small'
     assert workdir.run_name('configs/vit.py', '', {}) == 'vit'
     assert str(workdir.default_workdir('vit', 'digits')) == 'runs/digits/vit'
+
+
+def test_one_training_at_a_time(tmp_path):
+    """Catches a lock that outlives its run, and one that another run's directory shares."""
+    with workdir.alone(tmp_path / 'a' / 'run'):
+        with pytest.raises(BadInput, match=r'another process trains in the workdir .*a/run: wait'):
+            with workdir.alone(tmp_path / 'a' / 'run'):
+                pass
+        with workdir.alone(tmp_path / 'b'):
+            pass
+    with workdir.alone(tmp_path / 'a' / 'run'):
+        pass
