@@ -6,7 +6,6 @@ import itertools
 import json
 import os
 import pathlib
-import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -17,7 +16,7 @@ import optax
 import orbax.checkpoint as ocp
 from flax import struct
 
-from performer_vit.errors import BadInput
+from performer_vit.errors import BadInput, one_line
 
 
 @struct.dataclass
@@ -161,23 +160,24 @@ class Checkpoints:
                     state=ocp.args.StandardRestore(abstract), history=ocp.args.JsonRestore()
                 ),
             )
-            digest = restored.history.pop('digest')
+            digest = restored.history.pop('digest', None)
+            if digest is None:
+                raise ValueError('it has no fingerprint; earlier versions wrote none')
             if digest != _digest(jax.tree.map(np.asarray, restored.state), restored.history):
                 raise ValueError('its content is not what was written')
             return Saved(restored.state, restored.history['rows'], restored.history['seconds'])
         except MemoryError:
             raise
         except Exception as error:  # Of any kind: anything may come of a damaged file.
-            # A digest that is not there at all: of an earlier version.
-            if 'tree structures do not match' in str(error) or isinstance(error, KeyError):
+            if 'tree structures do not match' in str(error):
                 raise BadInput(
                     f'the checkpoint of step {step} in {self.directory} holds another state than '
                     'this version of the code has: go on with the version that wrote it, or train '
                     'again in another --workdir.'
                 ) from error
             raise BadInput(
-                f'the checkpoint of step {step} in {self.directory} is damaged ({_text(error)}): '
-                'restore it from a copy, or train again in another --workdir.'
+                f'the checkpoint of step {step} in {self.directory} is damaged '
+                f'({one_line(error)}): restore it from a copy, or train again in another --workdir.'
             ) from error
 
     def restore_latest(self, template: TrainState, warn: Callable[[str], None]) -> Saved | None:
@@ -264,8 +264,3 @@ def _move_away(directory: pathlib.Path, step: int) -> None:
     taken = {path.name for path in target.iterdir()}
     names = itertools.chain([f'{step}'], (f'{step}-{number}' for number in itertools.count(2)))
     (directory / f'{step}').rename(target / next(name for name in names if name not in taken))
-
-
-def _text(error: Exception) -> str:
-    """An error in one line of bounded length."""
-    return textwrap.shorten(f'{type(error).__name__}: {error}', 200, placeholder=' …')

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
+from matplotlib.figure import Figure
 
 from performer_vit import (
     comparison,
@@ -130,15 +131,12 @@ def _report(
         'per_class_accuracy': report['per_class'],
         'folds': [{field: fold[field] for field in own} for fold in folds],
     }
-    title = f'{figures.run_title(results)}, {len(folds)} folds'
+    title = _title(results)
     colour = figures.MODEL_COLOURS[results['kernel']]
     confusion, per_class = np.array(report['confusion']), list(report['per_class'].values())
     figures.save_all(
         {
-            'learning_curves': figures.learning_bands(
-                {results['kernel']: [fold['history'] for fold in folds]},
-                title,
-            ),
+            'learning_curves': learning_curves(results),
             'confusion_matrix': figures.confusion(confusion, class_names, title),
             'per_class_accuracy': figures.per_class(
                 np.array(per_class), class_names, title, colour=colour
@@ -153,6 +151,16 @@ def _report(
     run_directory.write_text(workdir / 'table.csv', typeset.comma_separated(numbers))
     run_directory.write_json(workdir / 'results.json', results)
     return results
+
+
+def _title(results: Mapping) -> str:
+    return f'{figures.run_title(results)}, {results["num_folds"]} folds'
+
+
+def learning_curves(results: Mapping) -> Figure:
+    """The folds' losses and accuracies over the epochs, as one band."""
+    histories = {results['kernel']: [fold['history'] for fold in results['folds']]}
+    return figures.learning_bands(histories, _title(results))
 
 
 def table_of_folds(results: Mapping) -> tuple[list[str], list[list[str]]]:

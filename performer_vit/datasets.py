@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from performer_vit.errors import BadInput, choose
+from performer_vit.errors import BadInput, choose, one_line
 
 DATASETS = ('cifar10', 'cifar100', 'digits')
 FALLBACKS = ('digits', 'none')
@@ -451,7 +451,7 @@ def _download(name: str, root: pathlib.Path) -> None:
     except Exception as error:
         errors.append(error)
     if errors:
-        reason = f'there is none in {root}, and its download failed ({_text(errors[0])})'
+        reason = f'there is none in {root}, and its download failed ({one_line(errors[0])})'
         raise _Unavailable(reason) from errors[0]
 
 
@@ -497,7 +497,7 @@ def _probe(url: str, seconds: float) -> str | None:
             # The innermost error says it shortest: 'Name or service not known'.
             while error.__context__ is not None:
                 error = error.__context__
-            outcome.append(f'cannot be reached ({_text(error)})')
+            outcome.append(f'cannot be reached ({one_line(error)})')
 
     thread = threading.Thread(target=attempt, daemon=True)
     thread.start()
@@ -512,7 +512,7 @@ def _import_tfds():
     except Exception as error:  # Besides ImportError: versions of protobuf that do not fit.
         raise _Unavailable(
             'tensorflow and tensorflow_datasets, which read it, cannot be imported '
-            f'({_text(error)}); install them'
+            f'({one_line(error)}); install them'
         ) from error
     try:
         # TensorFlow only decodes files here; by default it would take all the GPU's memory.
@@ -540,7 +540,7 @@ def _read_prepared(name: str, directory: pathlib.Path):
         raise
     except Exception as error:  # Whatever goes wrong while reading is the directory's fault.
         raise BadInput(
-            f'The prepared data set in {directory} is truncated or corrupt: {_text(error)}. '
+            f'The prepared data set in {directory} is truncated or corrupt: {one_line(error)}. '
             f'Delete {directory} and prepare {name} again with TFDS, or restore it from a copy.'
         ) from error
     return class_names, train, test
@@ -572,15 +572,10 @@ def _read_split(tfds, builder, split: str) -> tuple[np.ndarray, np.ndarray]:
             labels[done:stop] = block['label']
             done = stop
     except Exception as error:
-        raise ValueError(f'{files}: {_text(error)}') from error
+        raise ValueError(f'{files}: {one_line(error)}') from error
     if done != count:
         raise ValueError(f'{files}: {done} examples, where dataset_info.json says {count}')
     return images, labels
-
-
-def _text(error: Exception) -> str:
-    """Kind and text of an error in one line of bounded length."""
-    return textwrap.shorten(f'{type(error).__name__}: {error}', 300, placeholder=' …')
 
 
 def _missing(name: str, reason: object) -> str:

@@ -1,5 +1,7 @@
 """The one error that a user's input can raise."""
 
+import textwrap
+
 
 class BadInput(ValueError):
     """The user's input cannot be honoured.
@@ -14,3 +16,8 @@ def choose(what: str, given: object, allowed) -> None:
     if given not in tuple(allowed):
         names = ', '.join(repr(name) for name in allowed)
         raise BadInput(f'{what} is {given!r}; allowed are {names}. Choose one of these names.')
+
+
+def one_line(error: Exception) -> str:
+    """Kind and text of an error in one line of bounded length, to be part of a message."""
+    return textwrap.shorten(f'{type(error).__name__}: {error}', 300, placeholder=' …')

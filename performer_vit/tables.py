@@ -252,10 +252,8 @@ def _draw_runs(path: pathlib.Path) -> None:
 
 
 def _draw_crossval(path: pathlib.Path) -> None:
-    results = workdir.read_json(path)
-    title = f'{figures.run_title(results)}, {results["num_folds"]} folds'
-    histories = {results['kernel']: [fold['history'] for fold in results['folds']]}
-    figures.save(figures.learning_bands(histories, title), path.with_suffix('.png'))
+    figure = crossval.learning_curves(workdir.read_json(path))
+    figures.save(figure, path.with_suffix('.png'))
 
 
 def _draw_comparison(path: pathlib.Path) -> None:
