@@ -8,7 +8,7 @@ model's weights the report looks at fθ's alone, to say which kernel it has lear
 import collections
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -269,7 +269,8 @@ def write_report(
     labels: np.ndarray,
     class_names: Sequence[str],
     learnt: Mapping[str, np.ndarray] | None = None,
-) -> tuple[dict, dict[str, np.ndarray]]:
+    show: Callable[[float, float, dict[str, np.ndarray]], None] | None = None,
+) -> dict:
     """Writes all that is known about a finished run into its workdir.
 
     The files: `classification_report.txt`, `test_predictions.npz` (`labels` (n,) int32 and
@@ -284,11 +285,12 @@ def write_report(
         labels: its true classes, (n,).
         class_names: the K names.
         learnt: what `learnt_kernel` returns.
+        show: gets, before results.json is written, the loss (nats), the accuracy, and for
+            TensorBoard (height, 800, 3) uint8 images by name: `test/confusion_matrix`.
 
     Returns:
         The content of results.json, which is `results` with the predictions' own `test_accuracy`,
-        `test_loss` (nats) and `class_names`; and, for TensorBoard, (height, 800, 3) uint8 images by
-        name: `test/confusion_matrix`.
+        `test_loss` (nats) and `class_names`.
 
     Raises:
         BadInput: as `report`, or if the kernel is unknown, before anything is written.
@@ -329,9 +331,12 @@ def write_report(
         results, history, np.asarray(log_probabilities), np.asarray(labels), learnt
     )
     figures.save_all(drawn, workdir)
+    if show is not None:
+        images = {'test/confusion_matrix': figures.to_array(drawn['confusion_matrix'])}
+        show(results['test_loss'], results['test_accuracy'], images)
     # Last, since results.json marks a run as finished: a run that was killed above reports again.
     run_directory.write_json(workdir / 'results.json', results)
-    return results, {'test/confusion_matrix': figures.to_array(drawn['confusion_matrix'])}
+    return results
 
 
 def describe(config, dataset: datasets.Dataset, model, num_params: int) -> dict:
@@ -565,7 +570,7 @@ def evaluate_run(workdir: str | os.PathLike) -> dict:
         evaluation_device=environment.device(),
         evaluation_versions=environment.versions(),
     )
-    results, _ = write_report(
+    results = write_report(
         workdir, results, log_probabilities, dataset.test.labels, dataset.class_names, learnt
     )
     progress.say(dataset.name, summary_table(results))

@@ -9,6 +9,7 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
+from performer_vit import events
 from performer_vit import workdir as run_directory
 
 
@@ -34,6 +35,8 @@ def remaining(started: float, done: int, total: int) -> str:
 class Progress:
     """The bar with ETA and images/s, and TensorBoard's scalars, images and hyperparameters.
 
+    What an earlier process of the run showed of the steps after the first is forgotten.
+
     Args:
       workdir: where TensorBoard's event files go.
       dataset_name: what was really read; it leads every line and is a hyperparameter.
@@ -57,6 +60,7 @@ class Progress:
         self._dataset_name = dataset_name
         self._batch_size = config.batch_size
         self._num_epochs = config.num_epochs
+        events.forget_after(workdir, first_step)
         self._writer = metric_writers.create_default_writer(str(workdir), asynchronous=True)
         fields = run_directory.flatten(config.to_dict())
         hparams = {
@@ -124,12 +128,20 @@ class Progress:
             )
         say(self._dataset_name, f'{line}; {row["seconds"]:.1f} s')
         self._bar.update(row['step'] * self._batch_size - self._bar.n)
-        self.resume(row['step'])
 
     def tested(self, step: int, loss: float, accuracy: float, images: dict[str, np.ndarray]):
         """Shows the final test of the state of `step`; `images` are (h, w, 3) uint8 by name."""
         self._writer.write_scalars(step, {'test/loss': loss, 'test/accuracy': accuracy})
         self._writer.write_images(step, {name: image[None] for name, image in images.items()})
+        self.flush()
+
+    def flush(self) -> None:
+        """Waits until all that was shown is in TensorBoard's files.
+
+        To be called before the checkpoint of a step is written: a run that goes on from there
+        shows nothing of the steps before.
+        """
+        self._writer.flush()
 
     def close(self) -> None:
         """Ends the bar and writes out what TensorBoard's files still lack."""

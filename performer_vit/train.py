@@ -454,6 +454,7 @@ def _run(
             raise_if_bad(scalar(state.first_bad_step))
             seconds += time.perf_counter() - started
             if scalar(state.step) < end:
+                shown.flush()
                 _save_and_stop(saved, state, history, seconds)
             row = {
                 'dataset': dataset.name,
@@ -478,10 +479,12 @@ def _run(
             is_last = epoch + 1 == config.num_epochs or stops_early(
                 history, config.early_stopping_patience
             )
-            if is_last or (epoch + 1) % config.checkpoint.every_epochs == 0:
-                saved.save(jax_utils.unreplicate(state), history)
             shown.epoch_done(row)
+            if is_last or (epoch + 1) % config.checkpoint.every_epochs == 0:
+                shown.flush()
+                saved.save(jax_utils.unreplicate(state), history)
             on_epoch(row)
+            shown.resume(end)
         saved.wait()
 
         epoch_seconds = float(np.median([row['seconds'] for row in history]))
@@ -553,11 +556,15 @@ def _test(fitted: _Fitted) -> dict:
     learnt = evaluate.learnt_kernel(
         config, dataset, training.model, variables, training.state.params
     )
-    results, images = evaluate.write_report(
-        workdir, results, log_probabilities, dataset.test.labels, dataset.class_names, learnt
+    return evaluate.write_report(
+        workdir,
+        results,
+        log_probabilities,
+        dataset.test.labels,
+        dataset.class_names,
+        learnt,
+        show=functools.partial(shown.tested, tested['step']),
     )
-    shown.tested(tested['step'], results['test_loss'], results['test_accuracy'], images)
-    return results
 
 
 def _score(fitted: _Fitted) -> dict:

@@ -405,7 +405,13 @@ def test_write_report_writes_every_file_and_the_numbers_come_back(tmp_path):
     names = [str(i) for i in range(10)]
     workdir = tmp_path / 'run'
     given = {**RESULTS, 'test_accuracy': None, 'num_tokens': np.int64(64)}
-    results, images = evaluate.write_report(workdir, given, log_probabilities, labels, names)
+    shown = []
+
+    def show(*values):
+        assert not (workdir / 'results.json').exists(), 'the run is marked as finished too early'
+        shown.append(values)
+
+    results = evaluate.write_report(workdir, given, log_probabilities, labels, names, show=show)
 
     found = {str(path.relative_to(workdir)) for path in workdir.rglob('*') if path.is_file()}
     assert found == {
@@ -437,6 +443,8 @@ def test_write_report_writes_every_file_and_the_numbers_come_back(tmp_path):
     assert f'{100 * right:.2f} %' in text and text.endswith('\n')
     made = evaluate.report(labels, log_probabilities, names)
     assert made['classification_report_text'].rstrip() in text
+    (shown_loss, shown_accuracy, images), = shown  # fmt: skip
+    assert (shown_loss, shown_accuracy) == (results['test_loss'], results['test_accuracy'])
     (name, image), = images.items()  # fmt: skip
     assert name == 'test/confusion_matrix'
     assert image.shape[1:] == (800, 3) and image.dtype == np.uint8

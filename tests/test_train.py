@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tensorflow as tf
 from flax import jax_utils
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.util.tensor_util import make_ndarray
@@ -341,6 +342,17 @@ def test_evaluate_mode_reports_the_same(finished, tmp_path):
     assert (directory / 'classification_report.txt').read_text() == before
 
 
+def shown(directory) -> list[tuple]:
+    """Every value in TensorBoard's files but measured times: tag, step, and the value itself."""
+    return sorted(
+        (value.tag, event.step, value.SerializeToString())
+        for path in directory.glob('*tfevents*')
+        for event in tf.compat.v1.train.summary_iterator(str(path))
+        for value in event.summary.value
+        if 'second' not in value.tag and 'hparams' not in value.tag
+    )
+
+
 def test_tensorboard_files_read_back(finished):
     """Scalars of steps and epochs, hyperparameters, and the confusion matrix as an image."""
     config, directory, results = finished
@@ -397,6 +409,7 @@ def test_interrupted_and_continued_is_the_uninterrupted_run(finished, tmp_path, 
     jax.tree.map(np.testing.assert_array_equal, resumed, state)
     assert without_seconds(resumed_history) == without_seconds(history)
     assert again['test_loss'] == results['test_loss']
+    assert shown(tmp_path / 'run') == shown(directory)
 
 
 def test_a_checkpoint_of_another_version_is_named(finished):

@@ -1,0 +1,64 @@
+"""TensorBoard's event files of a run that goes on from a checkpoint."""
+
+import os
+import pathlib
+from collections.abc import Iterator
+
+# Tags of what a run writes at its steps, and of what each of its processes writes anew.
+_AT_STEPS = ('train/', 'epoch/')
+_ANEW = ('test/', '_hparams_/')
+
+
+def forget_after(workdir: str | os.PathLike, step: int) -> None:
+    """Takes out of the event files what the run is going to write again.
+
+    That is what it had written of the steps after `step`, of its test and of its hyperparameters,
+    and the half of a record with which a killed process may have ended a file. Everything else in
+    the files stays, also what others wrote. A file is rewritten in one step, and one that would be
+    empty is deleted.
+
+    Args:
+      workdir: the directory that they are in, not those below it.
+      step: of the checkpoint, 0 for none.
+    """
+    import tensorflow as tf  # Takes seconds: only a run needs it.
+
+    for path in sorted(pathlib.Path(workdir).glob('*tfevents*')):
+        records = list(_records(path))
+        events = [tf.compat.v1.Event.FromString(record) for record in records]
+        kept = [r for r, event in zip(records, events, strict=True) if _stays(event, step)]
+        if len(kept) == len(records) and _is_whole(path, records):
+            continue
+        if all(tf.compat.v1.Event.FromString(record).file_version for record in kept):
+            path.unlink()
+            continue
+        # A name that TensorBoard does not take for an event file.
+        temporary = path.with_name(f'.events.{os.getpid()}.tmp')
+        with tf.io.TFRecordWriter(str(temporary)) as writer:
+            for record in kept:
+                writer.write(record)
+        os.replace(temporary, path)
+
+
+def _records(path: pathlib.Path) -> Iterator[bytes]:
+    """The records of a file, up to the first that is cut short or damaged."""
+    import tensorflow as tf
+
+    try:
+        for record in tf.data.TFRecordDataset(str(path)):
+            yield record.numpy()
+    except tf.errors.DataLossError:
+        return
+
+
+def _is_whole(path: pathlib.Path, records: list[bytes]) -> bool:
+    # Around the bytes of a record are its length, 8 bytes, and two checksums of 4.
+    return path.stat().st_size == sum(len(record) + 16 for record in records)
+
+
+def _stays(event, step: int) -> bool:
+    """Whether an event is to stay; a run writes one value an event."""
+    tags = [value.tag for value in event.summary.value]
+    if any(tag.startswith(_ANEW) for tag in tags):
+        return False
+    return event.step <= step or not any(tag.startswith(_AT_STEPS) for tag in tags)
