@@ -20,11 +20,13 @@ SIZES = {
         'model.width': 128,
         'model.mlp_dim': 128,
     },
-    # Written for two hours on two CPU cores.
+    # Ninety minutes on two CPU cores: deeper, longer, and nearly all images are for training.
     'large': {
-        'num_epochs': 15,
+        'num_epochs': 17,
+        'dataset.validation_fraction': 0.02,
         'model.stem_blocks': 2,
         'augment.cutout': 8,
+        'test_state': 'last',
     },
     # For a GPU: as large as the small transformers that reach the most on CIFAR, and as long.
     'gpu': {
