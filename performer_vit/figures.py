@@ -599,12 +599,13 @@ def accuracy_by_time(rows: Sequence[dict]) -> Figure:
     if len(rows) == 1:
         axes.annotate(
             f'{rows[0]["test_accuracy"]:.2%} on the test images',
-            (minutes[-1], 100 * rows[0]['test_accuracy']),
-            xytext=(-8, 12), textcoords='offset points', ha='right',
+            # Above all of the curve, which it would hide.
+            (minutes[-1], np.nanmax([*values, 100 * rows[0]['test_accuracy']])),
+            xytext=(8, 10), textcoords='offset points', ha='right',
             bbox={'facecolor': 'white', 'edgecolor': 'none', 'pad': 1},
         )  # fmt: skip
     axes.set_xlim(0, None)
-    axes.margins(y=0.12)
+    axes.margins(y=0.16)
     devices = ' and '.join(dict.fromkeys(row['device'] for row in rows))
     axes.set_xlabel(textwrap.fill(f'training (minutes on {devices})', 80))
     axes.set_ylabel('accuracy (%)')
