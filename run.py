@@ -6,9 +6,9 @@ import sys
 from absl import app, flags
 from ml_collections import config_flags
 
-from performer_vit import cpu_backend, interruption
+from performer_vit import cpu_backend, files, interruption
 from performer_vit.command_line import fail, parse, quiet_libraries
-from performer_vit.errors import BadInput
+from performer_vit.errors import BadInput, one_line
 
 _CONFIG = config_flags.DEFINE_config_file(
     'config', None, 'A file of configs/, with an optional argument after a colon.'
@@ -67,6 +67,14 @@ def _main(argv: list[str]) -> None:
         actions[mode](_CONFIG.value, _WORKDIR.value, name)
     except (BadInput, FloatingPointError) as error:
         fail(error)
+    except Exception as error:
+        reason = files.no_room(error)
+        if reason is None:
+            raise
+        fail(
+            f'a file cannot be written ({reason}): make room where the run writes. The same '
+            f'command goes on from what is saved. It was: {one_line(error)}'
+        )
     except KeyboardInterrupt as error:
         print(f'{error or "Interrupted."} The same command goes on.', file=sys.stderr)
         sys.exit(interruption.EXIT_CODE)

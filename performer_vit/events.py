@@ -4,6 +4,8 @@ import os
 import pathlib
 from collections.abc import Iterator
 
+from performer_vit import files
+
 # Tags of what a run writes at its steps, and of what each of its processes writes anew.
 _AT_STEPS = ('train/', 'epoch/')
 _ANEW = ('test/', '_hparams_/')
@@ -32,12 +34,10 @@ def forget_after(workdir: str | os.PathLike, step: int) -> None:
         if all(tf.compat.v1.Event.FromString(record).file_version for record in kept):
             path.unlink()
             continue
-        # A name that TensorBoard does not take for an event file.
-        temporary = path.with_name(f'.events.{os.getpid()}.tmp')
-        with tf.io.TFRecordWriter(str(temporary)) as writer:
-            for record in kept:
-                writer.write(record)
-        os.replace(temporary, path)
+        with files.replacing(path) as temporary:
+            with tf.io.TFRecordWriter(str(temporary)) as writer:
+                for record in kept:
+                    writer.write(record)
 
 
 def _records(path: pathlib.Path) -> Iterator[bytes]:

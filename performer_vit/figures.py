@@ -31,6 +31,7 @@ from matplotlib.ticker import LogLocator, MaxNLocator
 from PIL import Image
 from sklearn.metrics import confusion_matrix
 
+from performer_vit import files
 from performer_vit import workdir as run_directory
 from performer_vit.approximation import ERRORS, ESTIMATORS, varied
 from performer_vit.errors import BadInput, choose
@@ -714,13 +715,12 @@ def save(figure: Figure, path: str | os.PathLike, *, num_colours: int | None = N
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + '.tmp')
-    figure.savefig(temporary, format='png', dpi=2 * PIXELS_AN_INCH)
-    if num_colours is not None:
-        with Image.open(temporary) as image:
-            reduced = image.convert('RGB').quantize(num_colours, dither=Image.Dither.NONE)
-        reduced.save(temporary, format='png', optimize=True)
-    os.replace(temporary, path)
+    with files.replacing(path) as temporary:
+        figure.savefig(temporary, format='png', dpi=2 * PIXELS_AN_INCH)
+        if num_colours is not None:
+            with Image.open(temporary) as image:
+                reduced = image.convert('RGB').quantize(num_colours, dither=Image.Dither.NONE)
+            reduced.save(temporary, format='png', optimize=True)
 
 
 def to_array(figure: Figure) -> np.ndarray:

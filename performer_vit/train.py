@@ -438,7 +438,6 @@ def _run(
     shown = progress.Progress(workdir, dataset.name, title, config, first_step, last_step)
 
     observe = functools.partial(report_steps, shown)
-
     try:
         for row in history:
             on_epoch(row)
@@ -501,8 +500,10 @@ def _run(
             _Fitted(config, dataset, workdir, training, state, saved, predict, shown, results)
         )
     finally:
-        saved.close()
-        shown.close()
+        try:
+            saved.close()
+        finally:
+            shown.close()
     say(evaluate.summary_table(results))
     say(f'Everything is in {workdir}')
     return results

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
-from performer_vit import locks
+from performer_vit import files, locks
 from performer_vit.datasets import DATASETS
 from performer_vit.errors import BadInput
 
@@ -47,10 +47,8 @@ def read_arrays(path: str | os.PathLike) -> dict[str, np.ndarray]:
 
 
 def _write_bytes(path: str | os.PathLike, content: bytes) -> None:
-    path = pathlib.Path(path)
-    temporary = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
-    temporary.write_bytes(content)
-    os.replace(temporary, path)
+    with files.replacing(path) as temporary:
+        temporary.write_bytes(content)
 
 
 def write_json(path: str | os.PathLike, values: Mapping) -> None:
@@ -181,6 +179,8 @@ def alone(workdir: str | os.PathLike) -> Iterator[None]:
             'run another --workdir=DIR.'
         )
     with lock:
+        for directory in (workdir, workdir / 'figures'):
+            files.remove_unfinished(directory)
         yield
 
 

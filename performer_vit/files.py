@@ -1,0 +1,51 @@
+"""Files that are written whole or not at all, and why one could not be."""
+
+import contextlib
+import errno
+import os
+import pathlib
+import uuid
+from collections.abc import Iterator
+
+# A disk that is full, a quota that is used up, a disk that became read-only.
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+_UNFINISHED = '.unfinished'
+
+
+@contextlib.contextmanager
+def replacing(path: str | os.PathLike) -> Iterator[pathlib.Path]:
+    """Yields where to write what takes the place of a file in one step, at the end of the block.
+
+    A reader or a crash meets the old content or the new, never a part. Where the block raises, the
+    old file stays as it was.
+    """
+    path = pathlib.Path(path)
+    # Nothing of the file's own name: TensorBoard reads whatever has `tfevents` in it.
+    temporary = path.with_name(f'.{uuid.uuid4().hex}{_UNFINISHED}')
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def remove_unfinished(directory: pathlib.Path) -> None:
+    """Removes what a process left that was killed within `replacing`; none may be at it now."""
+    for path in directory.glob(f'.{"[0-9a-f]" * 32}{_UNFINISHED}'):
+        path.unlink(missing_ok=True)
+
+
+def no_room(error: BaseException | None) -> str | None:
+    """What the operating system said, if an error came of a disk that takes nothing more.
+
+    The libraries that write raise errors of their own kinds, from threads of their own; so the text
+    counts too, and so do the errors that one came from.
+    """
+    while error is not None:
+        for number in _NO_ROOM:
+            reason = os.strerror(number)
+            if getattr(error, 'errno', None) == number or reason in str(error):
+                return reason
+        error = error.__cause__ or error.__context__
+    return None
