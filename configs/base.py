@@ -163,6 +163,9 @@ def get_config(arguments: str = '') -> ConfigDict:
 
     config.label_smoothing = 0.1
     config.ema_decay = 0.99  # Of the moving average of the state, which is evaluated; 0.0: none.
+    # Steps whose loss, gradient or update is not finite, to be passed over in all before the run
+    # ends with an error that names the layer; 0: it ends at the first.
+    config.max_skipped_steps = 0
     config.early_stopping_patience = 0  # Epochs without a lower validation loss; 0: never stop.
     config.test_state = 'best'  # Which state meets the test split: 'best' on validation, or 'last'.
 

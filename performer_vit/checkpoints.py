@@ -30,8 +30,10 @@ class TrainState:
       batch_stats: BatchNorm's statistics for evaluation, {} where there are none.
       opt_state: of the Optax chain.
       ema: moving averages of `params` and `batch_stats`, under these names, or None.
-      epoch_sums: of the epoch in progress: `loss` and `accuracy`, () float32 sums over its steps.
-      first_bad_step: () int32, the first step whose loss or gradient was not finite; −1: none.
+      epoch_sums: of the epoch in progress: `loss` and `accuracy`, () float32 sums over those of its
+        `steps` that were not skipped.
+      bad_step: () int32, the step at which the state stopped, see `train_step`; −1: none.
+      skipped_steps: () int32, steps that were passed over because they were not finite.
     """
 
     step: jax.Array
@@ -41,7 +43,8 @@ class TrainState:
     opt_state: optax.OptState
     ema: dict[str, Any] | None
     epoch_sums: dict[str, jax.Array]
-    first_bad_step: jax.Array
+    bad_step: jax.Array
+    skipped_steps: jax.Array
 
     @property
     def evaluated(self) -> dict[str, Any]:
@@ -66,10 +69,13 @@ def create_state(
         opt_state=tx.init(params),
         # A copy: the step donates its buffers, and one buffer cannot be given away twice.
         ema=jax.tree.map(jnp.copy, averaged) if ema else None,
-        epoch_sums={'loss': jnp.zeros(()), 'accuracy': jnp.zeros(())},
-        first_bad_step=jnp.full((), -1, jnp.int32),
+        epoch_sums={name: jnp.zeros(()) for name in ('loss', 'accuracy', 'steps')},
+        bad_step=jnp.full((), -1, jnp.int32),
+        skipped_steps=jnp.zeros((), jnp.int32),
     )
 
+
+_NEVER = 10**9  # Seconds; `None` would be Orbax's own limit.
 
 Saved = collections.namedtuple('Saved', 'state history seconds')
 Saved.__doc__ = """What a checkpoint holds.
@@ -102,6 +108,8 @@ class Checkpoints:
             preservation_policy=self._preserved,
             cleanup_tmp_directories=True,
             enable_async_checkpointing=True,
+            # Orbax measures by the wall clock, which jumps when a laptop wakes up, say.
+            async_options=ocp.AsyncOptions(timeout_secs=_NEVER),
         )
         self._manager = ocp.CheckpointManager(
             self.directory, options=options, item_names=('state', 'history')
@@ -201,7 +209,11 @@ class Checkpoints:
                 damaged[step] = error
                 continue
             for bad, error in damaged.items():
-                warn(f'{error} It is moved, and the one of step {step} is used.')
+                warn(
+                    f'the checkpoint of step {bad} in {self.directory} is damaged '
+                    f'({one_line(error.__cause__)}). It is moved, and the one of step {step} is '
+                    'used.'
+                )
                 _move_away(self.directory, bad)
             if damaged:
                 self._manager.reload()

@@ -40,6 +40,23 @@ def forget_after(workdir: str | os.PathLike, step: int) -> None:
                     writer.write(record)
 
 
+def scalars(workdir: str | os.PathLike) -> list[tuple[str, int, float]]:
+    """Tag, step and value of all scalars in the event files, in the order of files and records."""
+    import tensorflow as tf
+
+    found = []
+    for path in sorted(pathlib.Path(workdir).glob('*tfevents*')):
+        for record in _records(path):
+            event = tf.compat.v1.Event.FromString(record)
+            for value in event.summary.value:
+                if not value.HasField('tensor'):
+                    continue
+                array = tf.make_ndarray(value.tensor)
+                if array.ndim == 0 and array.dtype.kind == 'f':
+                    found.append((value.tag, event.step, float(array)))
+    return found
+
+
 def _records(path: pathlib.Path) -> Iterator[bytes]:
     """The records of a file, up to the first that is cut short or damaged."""
     import tensorflow as tf

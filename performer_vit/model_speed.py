@@ -33,6 +33,7 @@ from performer_vit import (
     predict,
     timing,
     train,
+    train_step,
     vit,
 )
 from performer_vit.datasets import Dataset, Split
@@ -343,7 +344,7 @@ def _functions(config, length: int, contender: str) -> dict[str, tuple[Callable,
             devices=devices,
         )
     )
-    step = train.make_train_step(model, tx, schedule, config, dataset, _STEPS_PER_EPOCH)
+    step = train_step.make_train_step(model, tx, schedule, config, dataset, _STEPS_PER_EPOCH)
     # Copies, because the training step takes its state's buffers for the next one.
     variables = jax.tree.map(jnp.copy, state.evaluated)
     forward = predict.make_forward(model, dataset)

@@ -13,7 +13,16 @@ import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 
-from performer_vit import comparison, crossval, figures, sweep_report, timing, typeset, workdir
+from performer_vit import (
+    chaos,
+    comparison,
+    crossval,
+    figures,
+    sweep_report,
+    timing,
+    typeset,
+    workdir,
+)
 from performer_vit.errors import BadInput, choose
 
 _BLOCK = re.compile(r'(<!-- begin (\S+) (\S+) -->\n).*?(<!-- end -->)', re.DOTALL)
@@ -69,6 +78,12 @@ def runs_table(path: pathlib.Path) -> str:
     ]
     table = typeset.markdown(list(lines[0]), [list(line.values()) for line in lines])
     return f'{table}\n\n{_origin(rows)}'
+
+
+def chaos_table(path: pathlib.Path) -> str:
+    """Faults that trainings were to survive, and what each cost."""
+    outcome = workdir.read_json(path)
+    return f'{chaos.table(outcome)}\n\n{_origin([outcome])}'
 
 
 def crossval_table(path: pathlib.Path) -> str:
@@ -288,6 +303,7 @@ TABLES = {
     'comparison': (comparison_table, _draw_comparison),
     'study': (study_table, _draw_nothing),
     'ablations': (ablation_table, _draw_nothing),
+    'chaos': (chaos_table, _draw_nothing),
     'crossval': (crossval_table, _draw_crossval),
     'sweep': (sweep_table, _draw_nothing),
     'train_step': (train_step_table, _draw_nothing),

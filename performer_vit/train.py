@@ -12,7 +12,6 @@ from typing import NoReturn
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from flax import jax_utils
 
 from performer_vit import (
@@ -26,13 +25,13 @@ from performer_vit import (
     interruption,
     optimizers,
     progress,
+    train_step,
     vit,
 )
 from performer_vit import predict as prediction
 from performer_vit import workdir as run_directory
 from performer_vit.checkpoints import Checkpoints, Saved, TrainState
 from performer_vit.errors import BadInput, choose
-from performer_vit.favor import redraw_projections
 
 TEST_STATES = ('best', 'last')
 
@@ -41,8 +40,8 @@ def check(config) -> None:
     """Raises `BadInput` for all that can be seen to be wrong in a config before data are read."""
     at_least = {
         'num_epochs': 1, 'batch_size': 1, 'log_every_steps': 1, 'checkpoint.every_epochs': 1,
-        'checkpoint.keep': 1, 'early_stopping_patience': 0, 'model.attention.redraw_every': 0,
-        'model.attention.hidden': 0, 'seed': 0,
+        'checkpoint.keep': 1, 'early_stopping_patience': 0, 'max_skipped_steps': 0,
+        'model.attention.redraw_every': 0, 'model.attention.hidden': 0, 'seed': 0,
     }  # fmt: skip
     values = run_directory.flatten(config.to_dict())
     for field, least in at_least.items():
@@ -88,145 +87,25 @@ def check_scored(config) -> None:
         )
 
 
-def make_train_step(
-    model: vit.VisionTransformer,
-    tx: optax.GradientTransformation,
-    schedule: optax.Schedule,
-    config,
-    dataset: datasets.Dataset,
-    steps_per_epoch: int,
-) -> Callable[[TrainState, dict], tuple[TrainState, dict]]:
-    """One optimiser step as a function for `jax.pmap(…, axis_name='batch')`.
-
-    The step takes a `TrainState` and a device's share of a batch of
-    `input_pipeline.train_batches`, and returns the new state and the step's metrics: `loss`
-    (nats), `accuracy` (0 to 1), `grad_norm` (before clipping), `learning_rate`, `first_bad_step`,
-    each a scalar that all devices share. Where images are mixed, accuracy counts those whose
-    likeliest class is that of the larger target (of equal ones, the first). Nothing in the step
-    depends on how the batch is spread over devices, except for dropout, whose masks are drawn on
-    each device.
-    """
-    attention = config.model.attention
-    model = model.clone(axis_name='batch')
-
-    def loss_fn(params, projections, batch_stats, images, targets, key):
-        logits, updated = model.apply(
-            {'params': params, 'projections': projections, 'batch_stats': batch_stats},
-            images,
-            train=True,
-            rngs={'dropout': key},
-            mutable=['batch_stats'],
-        )
-        loss = optax.softmax_cross_entropy(logits, targets).mean()
-        accuracy = (logits.argmax(-1) == targets.argmax(-1)).mean()
-        return loss, (accuracy, updated.get('batch_stats', {}))
-
-    def train_step(state: TrainState, batch: dict) -> tuple[TrainState, dict]:
-        key = jax.random.fold_in(jax.random.key(config.seed), state.step)
-        augment_key, dropout_key = jax.random.split(key)
-        dropout_key = jax.random.fold_in(dropout_key, jax.lax.axis_index('batch'))
-        targets = optax.smooth_labels(
-            jax.nn.one_hot(batch['label'], dataset.num_classes), config.label_smoothing
-        )
-        images, targets = augment.augment(
-            config.augment,
-            batch,
-            targets,
-            seed=config.seed,
-            step_key=augment_key,
-            epoch=state.step // steps_per_epoch,
-            mirror=dataset.flip,
-            mean=dataset.mean,
-            std=dataset.std,
-        )
-        projections = state.projections
-        if projections and attention.redraw_every:
-            projections = jax.lax.cond(
-                state.step % attention.redraw_every == 0,
-                lambda: redraw_projections(
-                    state.projections,
-                    seed=config.seed,
-                    draw_number=state.step // attention.redraw_every,
-                    projection=attention.projection,
-                    row_norms=attention.row_norms,
-                ),
-                lambda: state.projections,
-            )
-
-        value_and_grad = jax.value_and_grad(loss_fn, has_aux=True)
-        (loss, (accuracy, batch_stats)), gradient = value_and_grad(
-            state.params, projections, state.batch_stats, images, targets, dropout_key
-        )
-        loss, accuracy, gradient = jax.lax.pmean((loss, accuracy, gradient), 'batch')
-        grad_norm = optax.global_norm(gradient)
-        updates, opt_state = tx.update(gradient, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
-
-        bad = ~(jnp.isfinite(loss) & jnp.isfinite(grad_norm))
-        first_bad_step = jnp.where(
-            (state.first_bad_step < 0) & bad, state.step, state.first_bad_step
-        )
-        starts_epoch = state.step % steps_per_epoch == 0
-        epoch_sums = {
-            name: jnp.where(starts_epoch, 0.0, state.epoch_sums[name]) + value
-            for name, value in (('loss', loss), ('accuracy', accuracy))
-        }
-        learning_rate = jnp.asarray(schedule(state.step), jnp.float32)
-        state = TrainState(
-            step=state.step + 1,
-            params=params,
-            projections=projections,
-            batch_stats=batch_stats,
-            opt_state=opt_state,
-            ema=_moving_average(
-                state, {'params': params, 'batch_stats': batch_stats}, config.ema_decay
-            ),
-            epoch_sums=epoch_sums,
-            first_bad_step=first_bad_step,
-        )
-        metrics = {
-            'loss': loss,
-            'accuracy': accuracy,
-            'grad_norm': grad_norm,
-            'learning_rate': learning_rate,
-            'first_bad_step': first_bad_step,
-        }
-        return state, metrics
-
-    return train_step
-
-
-def _moving_average(state: TrainState, new: dict, decay: float) -> dict | None:
-    """m ← d·m + (1 − d)·new, with d = min(decay, (1 + t)/(10 + t)) so that early weights fade.
-
-    Without the second term the random initial weights would stay in the average of a short run.
-    BatchNorm's statistics are averaged as the weights are that they belong to.
-    """
-    if state.ema is None:
-        return None
-    step = state.step.astype(jnp.float32)
-    rate = 1.0 - jnp.minimum(decay, (1.0 + step) / (10.0 + step))
-    return optax.incremental_update(new, state.ema, rate)
-
-
 def scalar(value: jax.Array) -> float:
     """The first replica of a replicated scalar, on the host; waits until it is computed."""
     return np.asarray(value.addressable_shards[0].data).item()
 
 
 def run_steps(
-    train_step: Callable,
+    step_fn: Callable,
     state: TrainState,
     batches: Iterator[dict],
     steps: range,
     log_every: int,
-    observe: Callable[[int, dict], None],
+    observe: Callable[[int, dict], bool | None],
     stop: Callable[[], bool] = lambda: False,
 ) -> tuple[TrainState, dict]:
     """The hot loop: runs `steps`, and hands the metrics of every `log_every`-th to `observe`.
 
     Metrics are read only after the next step has been dispatched, so that the device never waits
-    for the host. Before each step `stop` is asked whether to leave that one and the rest undone.
+    for the host. Where `observe` says so, the steps that are left are not done; before each step
+    `stop` is asked the same.
 
     Returns:
       The new state, and the metrics of the last step; {} where there was none.
@@ -236,10 +115,10 @@ def run_steps(
     for step in steps:
         if stop():
             break
-        state, metrics = train_step(state, next(batches))
-        if pending:
-            observe(*pending)
-            pending = None
+        state, metrics = step_fn(state, next(batches))
+        if pending and observe(*pending):
+            return state, metrics
+        pending = None
         if (step + 1) % log_every == 0:
             pending = (step + 1, metrics)
     if pending:
@@ -247,22 +126,37 @@ def run_steps(
     return state, metrics
 
 
-def raise_if_bad(first_bad_step: int) -> None:
-    """Raises `FloatingPointError` where a step had a loss or gradient that was not finite."""
-    if first_bad_step >= 0:
-        raise FloatingPointError(
-            f'the loss or the gradient of step {first_bad_step} (counted from 0) is not finite. '
-            'Nothing was saved after it: the checkpoints in the workdir are from before. Lower '
-            'optimizer.learning_rate, set optimizer.clip_norm, or lengthen '
-            'optimizer.warmup_epochs, in a new --workdir.'
-        )
-
-
-def report_steps(shown: progress.Progress, step: int, metrics: dict) -> None:
-    """Reads a step's replicated metrics, stops where a step went bad, and shows the rest."""
+def report_steps(shown: progress.Progress, step: int, metrics: dict) -> bool:
+    """Reads a step's replicated metrics, and shows them, or says that there is a bad step."""
     values = {name: scalar(value) for name, value in metrics.items()}
-    raise_if_bad(values.pop('first_bad_step'))
+    if values.pop('bad_step') >= 0:
+        return True
     shown.steps_done(step, values)
+    return False
+
+
+def raise_if_bad(
+    config, training: 'Training', state: TrainState, batches: Callable[..., Iterator[dict]]
+) -> None:
+    """Raises `FloatingPointError` where the state, replicated, has stopped at a bad step.
+
+    The step is done again to find out where its numbers went wrong.
+    """
+    step = scalar(state.bad_step)
+    if step < 0:
+        return
+    where = training.diagnose(state, next(batches(first_step=step, num_steps=1)))
+    skipped = scalar(state.skipped_steps)
+    raise FloatingPointError(
+        f'the numbers of step {step} (counted from 0) are not finite, {where}. '
+        + (
+            f'{skipped} such steps were skipped before it, which max_skipped_steps allows. '
+            * bool(skipped)
+        )
+        + 'Nothing of it was kept: the checkpoints in the workdir are from before. Lower '
+        'optimizer.learning_rate, set optimizer.clip_norm, lengthen optimizer.warmup_epochs, or '
+        'set max_skipped_steps higher to pass over more such steps, in a new --workdir.'
+    )
 
 
 def raise_if_not_finite(row: dict) -> None:
@@ -284,7 +178,9 @@ def stops_early(history: list[dict], patience: int) -> bool:
     return 0 < patience < len(losses) and min(losses[-patience:]) >= min(losses[:-patience])
 
 
-Training = collections.namedtuple('Training', 'model step_fn state steps_per_epoch num_params')
+Training = collections.namedtuple(
+    'Training', 'model step_fn diagnose state steps_per_epoch num_params'
+)
 Training.__doc__ = """What a training consists of before it is compiled: see `prepare`."""
 
 
@@ -293,6 +189,11 @@ def prepare(config, dataset: datasets.Dataset) -> Training:
     num_images = len(dataset.train)
     input_pipeline.check_batch_size(config.batch_size, jax.device_count(), num_images)
     steps_per_epoch = input_pipeline.steps_per_epoch(num_images, config.batch_size)
+    if config.max_skipped_steps >= steps_per_epoch:
+        raise BadInput(
+            f'max_skipped_steps is {config.max_skipped_steps} and an epoch has {steps_per_epoch} '
+            'steps: set it lower, so that each epoch has steps that count.'
+        )
     schedule = optimizers.learning_rate(config.optimizer, steps_per_epoch, config.num_epochs)
     tx = optimizers.create(config.optimizer, schedule, axis_name='batch')
     model = vit.from_config(config.model, dataset.num_classes, config.seed)
@@ -300,8 +201,9 @@ def prepare(config, dataset: datasets.Dataset) -> Training:
         model, tx, dataset.image_shape, config.seed, ema=config.ema_decay > 0
     )
     num_params = sum(leaf.size for leaf in jax.tree.leaves(state.params))
-    step_fn = make_train_step(model, tx, schedule, config, dataset, steps_per_epoch)
-    return Training(model, step_fn, state, steps_per_epoch, num_params)
+    step_fn = train_step.make_train_step(model, tx, schedule, config, dataset, steps_per_epoch)
+    diagnose = train_step.make_diagnosis(model, tx, config, dataset, steps_per_epoch)
+    return Training(model, step_fn, diagnose, state, steps_per_epoch, num_params)
 
 
 def compile_step(training: Training, state: TrainState, batch: dict) -> Callable:
@@ -428,12 +330,12 @@ def _run(
     started = time.perf_counter()
     state = jax_utils.replicate(state, axis_name='batch')
     first_batch = next(batches(first_step=0, num_steps=1))
-    train_step = compile_step(training, state, first_batch)
+    step_fn = compile_step(training, state, first_batch)
     predict = prediction.compile_forward(training.model, dataset, state, config.batch_size)
     compile_seconds = time.perf_counter() - started
     step_flops = flops.count(training.step_fn, state, first_batch)
 
-    batches = batches(first_step=first_step, num_steps=last_step - first_step)
+    stream = batches(first_step=first_step, num_steps=last_step - first_step)
     title = figures.model_name(config.model.attention.kernel)
     shown = progress.Progress(workdir, dataset.name, title, config, first_step, last_step)
 
@@ -448,19 +350,23 @@ def _run(
             steps = range(max(first_step, end - training.steps_per_epoch), end)
             started = time.perf_counter()
             state, metrics = run_steps(
-                train_step, state, batches, steps, config.log_every_steps, observe, asked_to_stop
+                step_fn, state, stream, steps, config.log_every_steps, observe, asked_to_stop
             )
-            raise_if_bad(scalar(state.first_bad_step))
+            raise_if_bad(config, training, state, batches)
             seconds += time.perf_counter() - started
             if scalar(state.step) < end:
                 shown.flush()
                 _save_and_stop(saved, state, history, seconds)
+            counted = scalar(state.epoch_sums['steps'])
+            skipped = scalar(state.skipped_steps)
+            if skipped:
+                say(f'{skipped} steps so far were skipped: their numbers were not finite.')
             row = {
                 'dataset': dataset.name,
                 'epoch': epoch + 1,
                 'step': end,
-                'train_loss': scalar(state.epoch_sums['loss']) / training.steps_per_epoch,
-                'train_accuracy': scalar(state.epoch_sums['accuracy']) / training.steps_per_epoch,
+                'train_loss': scalar(state.epoch_sums['loss']) / counted,
+                'train_accuracy': scalar(state.epoch_sums['accuracy']) / counted,
                 'validation_loss': None,
                 'validation_accuracy': None,
                 'learning_rate': scalar(metrics['learning_rate']),
@@ -494,6 +400,7 @@ def _run(
             'images_per_second': training.steps_per_epoch * config.batch_size / epoch_seconds,
             'compile_seconds': compile_seconds,
             'train_gflop_per_image': step_flops / config.batch_size / 1e9,
+            'skipped_steps': scalar(state.skipped_steps),
             'history': history,
         }
         results = finish(

@@ -379,22 +379,21 @@ def test_interrupted_and_continued_is_the_uninterrupted_run(finished, tmp_path, 
     """Bit for bit: weights, optimiser, averages, projections, statistics, history. Stops inside
     epoch 2, where a signal saves, and the rest of the epoch alone is done again."""
     config, directory, results = finished
-    observe, run_steps = train.raise_if_bad, train.run_steps
-    calls, first_steps = [], []
+    report, run_steps = train.report_steps, train.run_steps
+    first_steps = []
 
-    def stop_at_the_fifth(first_bad_step):
-        calls.append(first_bad_step)
-        if len(calls) == 5:
+    def stop_at_step_12(shown, step, metrics):
+        if step == 12:
             if how == 'dropped':
                 raise KeyboardInterrupt
             os.kill(os.getpid(), signal.SIGTERM)
-        observe(first_bad_step)
+        return report(shown, step, metrics)
 
-    def run(train_step, state, batches, steps, *arguments):
+    def run(step_fn, state, batches, steps, *arguments):
         first_steps.append(steps.start)
-        return run_steps(train_step, state, batches, steps, *arguments)
+        return run_steps(step_fn, state, batches, steps, *arguments)
 
-    monkeypatch.setattr(train, 'raise_if_bad', stop_at_the_fifth)
+    monkeypatch.setattr(train, 'report_steps', stop_at_step_12)
     message = None if how == 'dropped' else 'has saved step 1[0-6]'
     with pytest.raises(KeyboardInterrupt, match=message):
         train.train(config, tmp_path / 'run')
@@ -448,21 +447,166 @@ def test_the_best_of_a_continued_run_is_the_best_of_all(tiny_config, tmp_path, m
     assert kept == [8, 32]
 
 
+def with_bad_steps(monkeypatch, *bad):
+    """Lets the learning rate of some steps be infinite, by the optimiser's own count."""
+
+    def learning_rate(optimizer, steps_per_epoch, num_epochs):
+        return lambda step: jnp.where(jnp.isin(step, jnp.array(bad)), jnp.inf, 1e-3)
+
+    monkeypatch.setattr(optimizers, 'learning_rate', learning_rate)
+
+
 def test_not_finite_stops_names_the_step_and_keeps_the_checkpoint(
     tiny_config, tmp_path, monkeypatch
 ):
-    """The update of step 13 uses an infinite rate, so step 14 is the first with a bad loss."""
-
-    def learning_rate(optimizer, steps_per_epoch, num_epochs):
-        return lambda step: jnp.where(step == 13, jnp.inf, 1e-3)
-
-    monkeypatch.setattr(optimizers, 'learning_rate', learning_rate)
-    with pytest.raises(FloatingPointError, match=r'step 14 \(counted from 0\) is not finite'):
+    """Catches a step that is told late, and weights that it spoilt."""
+    with_bad_steps(monkeypatch, 13)
+    message = r'step 13 \(counted from 0\) are not finite, first in the update of .*learning_rate'
+    with pytest.raises(FloatingPointError, match=message):
         train.train(tiny_config, tmp_path / 'run')
     state, history = saved_state(tiny_config, tmp_path / 'run')
     assert len(history) == 1 and int(state.step) == 8
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state.params))
     assert not (tmp_path / 'run' / 'results.json').exists()
+
+
+def poisoned(training, name: str, number: int = 0):
+    """The state with one infinite number in the weight of that name."""
+    leaves, tree = jax.tree_util.tree_flatten_with_path(training.state.params)
+    found = [i for i, (path, _) in enumerate(leaves) if jax.tree_util.keystr(path) == name]
+    values = [leaf for _, leaf in leaves]
+    (place,) = found
+    values[place] = values[place].at[(0,) * values[place].ndim].set(jnp.inf)
+    return training.state.replace(params=jax.tree.unflatten(tree, values))
+
+
+def diagnosis(training, state, batch) -> str:
+    return training.diagnose(jax_utils.replicate(state, axis_name='batch'), batch)
+
+
+def first_batch(config):
+    return next(
+        input_pipeline.train_batches(
+            digits().train, seed=0, batch_size=config.batch_size, first_step=0, num_steps=1
+        )
+    )
+
+
+@pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
+def test_the_first_layer_that_is_not_finite_is_named(tiny_config, dtype):
+    """By weights that are finite, but whose product overflows in one layer.
+
+    Catches a search that names the loss, in which every infinity ends, or the whole model.
+    """
+    tiny_config.model.dtype = dtype
+    training = train.prepare(tiny_config, digits())
+    params = jax.tree.map(jnp.copy, training.state.params)
+    hidden = params['encoder_0']['mlp']['hidden']
+    hidden['kernel'] = jnp.full_like(hidden['kernel'], 3e38)
+    hidden['bias'] = jnp.full_like(hidden['bias'], 3e38)
+    state = training.state.replace(params=params)
+    batch = first_batch(tiny_config)
+    assert diagnosis(training, state, batch) == 'first in the output of encoder_0/mlp/hidden'
+    # And so the run says it, at its first step.
+    step = jax.pmap(training.step_fn, axis_name='batch')
+    after, metrics = step(jax_utils.replicate(state, axis_name='batch'), batch)
+    assert train.scalar(metrics['bad_step']) == 0
+    with pytest.raises(FloatingPointError, match='step 0 .*, first in the output of encoder_0/mlp'):
+        batches = lambda **_: iter([batch])  # noqa: E731
+        train.raise_if_bad(tiny_config, training, after, batches)
+
+
+def test_a_weight_that_is_not_finite_is_named(tiny_config):
+    training = train.prepare(tiny_config, digits())
+    state = poisoned(training, "['head']['kernel']")
+    batch = first_batch(tiny_config)
+    assert diagnosis(training, state, batch) == 'first in the weight head/kernel'
+
+
+def test_images_that_are_not_finite_are_named(tiny_config):
+    """As a channel whose standard deviation is 0 makes them."""
+    dataset = dataclasses.replace(digits(), std=(1.0, 0.0, 1.0))
+    training = train.prepare(tiny_config, dataset)
+    batch = first_batch(tiny_config)
+    said = diagnosis(training, training.state, batch)
+    assert said == 'first in the images, as augmented'
+
+
+def test_a_gradient_that_is_not_finite_is_named(tiny_config, monkeypatch):
+    """Of a finite loss, by the derivative of √x at 0; the layers after it have finite gradients."""
+    from performer_vit import vit as models
+
+    @jax.custom_jvp
+    def identity(x):
+        return x
+
+    identity.defjvp(lambda x, tangents: (x[0], tangents[0] * jnp.inf))
+    original = models.nn.LayerNorm.__call__
+
+    def broken(self, x, **arguments):
+        out = original(self, x, **arguments)
+        return identity(out) if self.name == 'mlp_norm' else out
+
+    monkeypatch.setattr(models.nn.LayerNorm, '__call__', broken)
+    training = train.prepare(tiny_config, digits())
+    said = diagnosis(training, training.state, first_batch(tiny_config))
+    assert said.startswith('first in the gradient of encoder_0/mlp_norm/')
+
+
+def test_nothing_wrong_is_said_so(tiny_config):
+    training = train.prepare(tiny_config, digits())
+    said = diagnosis(training, training.state, first_batch(tiny_config))
+    assert said == 'though not when it was done again'
+
+
+def test_a_bad_step_changes_nothing_and_the_state_stands_still(tiny_config, monkeypatch):
+    """Catches an average, a momentum or a statistic that takes the infinity in."""
+    with_bad_steps(monkeypatch, 2)
+    tiny_config.model.update(stem='conv', stem_channels=((4,), (8,)), stem_blocks=0)
+    states, metrics = train_for(tiny_config, digits(), 5)
+    assert [row['bad_step'] for row in metrics] == [-1, -1, 2, 2, 2]
+    assert [int(state.step) for state in states] == [0, 1, 2, 2, 2, 2]
+    for state in states[3:]:
+        stopped = state.replace(bad_step=states[2].bad_step)
+        jax.tree.map(np.testing.assert_array_equal, stopped, states[2])
+
+
+def test_bad_steps_are_passed_over_as_if_they_had_not_been(tiny_config, monkeypatch):
+    """Two are allowed: the third stops. The sums of the epoch leave them out.
+
+    The optimiser counts its own steps, so that its rate stays infinite: all three come in a row.
+    """
+    with_bad_steps(monkeypatch, 2)
+    tiny_config.max_skipped_steps = 2
+    states, metrics = train_for(tiny_config, digits(), 6)
+    assert [row['skipped_steps'] for row in metrics] == [0, 0, 1, 2, 2, 2]
+    assert [row['bad_step'] for row in metrics] == [-1, -1, -1, -1, 4, 4]
+    assert [int(state.step) for state in states] == [0, 1, 2, 3, 4, 4, 4]
+    jax.tree.map(np.testing.assert_array_equal, states[4].params, states[2].params)
+    jax.tree.map(np.testing.assert_array_equal, states[4].opt_state, states[2].opt_state)
+    jax.tree.map(np.testing.assert_array_equal, states[4].ema, states[2].ema)
+    sums = {name: float(value) for name, value in states[4].epoch_sums.items()}
+    assert sums['steps'] == 2
+    assert sums['loss'] == pytest.approx(metrics[0]['loss'] + metrics[1]['loss'])
+
+
+def test_a_run_that_skips_ends_and_says_how_many(tiny_config, tmp_path, monkeypatch, capsys):
+    """The images of step 5 alone are not finite, and its epoch's means are of the other steps."""
+    original = train.train_step._inputs
+
+    def inputs(config, dataset, steps_per_epoch, state, batch):
+        images, *rest = original(config, dataset, steps_per_epoch, state, batch)
+        return jnp.where(state.step == 5, jnp.nan, images), *rest
+
+    monkeypatch.setattr(train.train_step, '_inputs', inputs)
+    tiny_config.max_skipped_steps = 1
+    results = train.train(tiny_config, tmp_path / 'run')
+    assert results['skipped_steps'] == 1
+    assert '1 steps so far were skipped' in capsys.readouterr().out
+    history = workdir.read_history(tmp_path / 'run' / 'history.csv')
+    assert all(np.isfinite(row['train_loss']) for row in history)
+    # Random guesses have a loss of ln 10; a sum over 7 steps divided by 8 would be far below.
+    assert 2.1 < history[0]['train_loss'] < 2.5
 
 
 def test_early_stopping_ends_a_run(tiny_config, tmp_path, monkeypatch):
@@ -523,7 +667,7 @@ def test_every_config_trains_two_steps(name):
     config.batch_size = 8
     config.optimizer.warmup_epochs = 0.0
     (*_, state), metrics = train_for(config, first_images(digits(), 16), 2)
-    assert [row['first_bad_step'] for row in metrics] == [-1, -1]
+    assert [row['bad_step'] for row in metrics] == [-1, -1]
     assert all(np.isfinite(row['loss']) and row['grad_norm'] > 0 for row in metrics)
     assert int(state.step) == 2
     assert state.projections.keys() == (set() if name in ('vit', 'performer_ftheta') else
@@ -559,6 +703,7 @@ def test_every_config_trains_two_steps(name):
         ('seed', 2**40, r'seed is 1099511627776; .* below 2\*\*32'),
         ('optimizer.warmup_epochs', 9.0, r'warmup_epochs is 9.0'),
         ('model.attention.redraw_every', -1, r'redraw_every is -1'),
+        ('max_skipped_steps', -1, r'max_skipped_steps is -1; set it to 0 or more'),
     ],
 )
 def test_bad_config_is_refused_before_the_workdir_is_made(
