@@ -109,7 +109,9 @@ class Checkpoints:
             cleanup_tmp_directories=True,
             enable_async_checkpointing=True,
             # Orbax measures by the wall clock, which jumps when a laptop wakes up, say.
-            async_options=ocp.AsyncOptions(timeout_secs=_NEVER),
+            async_options=ocp.AsyncOptions(
+                timeout_secs=_NEVER, create_directories_asynchronously=False
+            ),
         )
         self._manager = ocp.CheckpointManager(
             self.directory, options=options, item_names=('state', 'history')
