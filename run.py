@@ -6,7 +6,7 @@ import sys
 from absl import app, flags
 from ml_collections import config_flags
 
-from performer_vit import cpu_backend, files, interruption
+from performer_vit import cluster, cpu_backend, files, interruption
 from performer_vit.command_line import fail, parse, quiet_libraries
 from performer_vit.errors import BadInput, one_line
 
@@ -15,6 +15,14 @@ _CONFIG = config_flags.DEFINE_config_file(
 )
 _WORKDIR = flags.DEFINE_string(
     'workdir', None, 'Directory of the run; default: runs/<data set>/<config and its changes>.'
+)
+_COORDINATOR = flags.DEFINE_string(
+    'coordinator', None, 'HOST:PORT of process 0, of several that train one model.'
+)
+_NUM_PROCESSES = flags.DEFINE_integer('num_processes', None, 'How many they are.', 1)
+_PROCESS_ID = flags.DEFINE_integer('process_id', None, "This one's number, from 0 on.", 0)
+_CLUSTER = flags.DEFINE_bool(
+    'cluster', False, 'Join the processes that Slurm, Kubernetes, Open MPI or Cloud TPU started.'
 )
 # What each mode does, and whether it reads a finished run or trains from a --config.
 _MODES = {
@@ -43,6 +51,11 @@ def _main(argv: list[str]) -> None:
     _check_flags(argv, mode, config_flag)
 
     quiet_libraries()
+    if _joins():
+        try:
+            cluster.join(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
+        except BadInput as error:
+            fail(error)
     # Outside of training, SIGTERM interrupts as SIGINT does.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     # Orbax, scikit-learn and matplotlib take seconds to import; a mistyped flag should not.
@@ -80,10 +93,21 @@ def _main(argv: list[str]) -> None:
         sys.exit(interruption.EXIT_CODE)
 
 
+def _joins() -> bool:
+    """Whether this process is one of several."""
+    given = (_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
+    return _CLUSTER.value or any(value is not None for value in given)
+
+
 def _check_flags(argv: list[str], mode: str, config_flag) -> None:
     """Ends the command where its flags do not go together."""
     if len(argv) > 1:
         fail(f'unknown arguments {argv[1:]}; all are flags: --config=FILE --workdir=DIR …')
+    if _joins() and mode != 'train':
+        fail(
+            f"--mode={mode} is one process's: leave --coordinator, --num_processes, --process_id "
+            'and --cluster out, or give --mode=train.'
+        )
     if mode in _READING:
         if not _WORKDIR.value:
             fail(f'--mode={mode} needs the --workdir=DIR of a run to {mode}.')

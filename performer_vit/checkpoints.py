@@ -16,6 +16,7 @@ import optax
 import orbax.checkpoint as ocp
 from flax import struct
 
+from performer_vit import cluster
 from performer_vit.errors import BadInput, one_line
 
 
@@ -210,13 +211,17 @@ class Checkpoints:
             except BadInput as error:
                 damaged[step] = error
                 continue
+            # Nobody may be reading it any more.
+            cluster.from_main(lambda: None)
             for bad, error in damaged.items():
                 warn(
                     f'the checkpoint of step {bad} in {self.directory} is damaged '
                     f'({one_line(error.__cause__)}). It is moved, and the one of step {step} is '
                     'used.'
                 )
-                _move_away(self.directory, bad)
+                if cluster.is_main():
+                    _move_away(self.directory, bad)
+            cluster.from_main(lambda: None)
             if damaged:
                 self._manager.reload()
             return saved

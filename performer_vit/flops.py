@@ -30,9 +30,18 @@ def count(function: Callable, *arguments) -> float:
     exact_attention.BLOCK_SIZE = convolution.BLOCK_PLACES = sys.maxsize
     linear_attention.BLOCK_FEATURES = {jax.default_backend(): sys.maxsize}
     try:
-        # A function of its own, or JAX would find the trace of the one with blocks.
-        mapped = jax.pmap(lambda *args: function(*args), axis_name='batch')
-        lowered = mapped.lower(*copies, batch)
+        # A function of its own, or JAX would find the trace of the one with blocks. What `pmap` does
+        # on one device, which `pmap` itself would not leave at one where there are more processes.
+        mapped = jax.shard_map(
+            lambda *args: jax.tree.map(
+                lambda x: x[None], function(*jax.tree.map(lambda x: x[0], args))
+            ),
+            mesh=jax.sharding.Mesh(jax.local_devices()[:1], 'batch'),
+            in_specs=jax.P('batch'),
+            out_specs=jax.P('batch'),
+            check_vma=False,
+        )
+        lowered = jax.jit(mapped).lower(*copies, batch)
     finally:
         exact_attention.BLOCK_SIZE, linear_attention.BLOCK_FEATURES = blocks[:2]
         convolution.BLOCK_PLACES = blocks[2]

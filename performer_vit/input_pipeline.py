@@ -4,13 +4,14 @@ Global batch number `step` is a pure function of (seed, step): a run that is res
 sees the batches that it would have seen, and so does a run on another number of devices.
 """
 
+import collections
 import functools
 from collections.abc import Iterator, Sequence
 
 import jax
 import numpy as np
-from flax import jax_utils
 
+from performer_vit import cluster
 from performer_vit.datasets import Split
 from performer_vit.errors import BadInput
 
@@ -162,7 +163,7 @@ def train_batches(
                 'index': chosen.astype(np.int32),
             }
 
-    return jax_utils.prefetch_to_device(batches(), _PREFETCH, devices)
+    return _prefetch(batches(), devices)
 
 
 def eval_batches(
@@ -201,7 +202,19 @@ def eval_batches(
             chosen = np.minimum(chosen, len(split) - 1)
             yield {'image': split.images[chosen], 'label': split.labels[chosen], 'weight': weight}
 
-    return jax_utils.prefetch_to_device(batches(), _PREFETCH, devices)
+    return _prefetch(batches(), devices)
+
+
+def _prefetch(
+    batches: Iterator[dict], devices: Sequence[jax.Device] | None
+) -> Iterator[dict[str, jax.Array]]:
+    """The batches on the devices, some ahead, so that transfers and steps go beside each other."""
+    ahead = collections.deque()
+    for batch in batches:
+        ahead.append(cluster.over_devices(batch, devices))
+        if len(ahead) > _PREFETCH:
+            yield ahead.popleft()
+    yield from ahead
 
 
 def _topology(

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import jax
 import numpy as np
 
-from performer_vit import augment, input_pipeline
+from performer_vit import augment, cluster, input_pipeline
 from performer_vit.checkpoints import TrainState
 from performer_vit.datasets import Dataset, Split
 
@@ -73,7 +73,7 @@ def compile_forward(
     """
     split = Split(dataset.train.images[:1], dataset.train.labels[:1])
     image = next(input_pipeline.eval_batches(split, batch_size=batch_size))['image']
-    forward = jax.pmap(make_forward(model, dataset), axis_name='batch')
+    forward = jax.pmap(make_forward(model, dataset), axis_name='batch', devices=cluster.devices())
     compiled = forward.lower(state.evaluated, image).compile()
     return functools.partial(_predict, compiled, batch_size)
 
@@ -83,10 +83,11 @@ def _predict(compiled: Callable, batch_size: int, state: TrainState, split: Spli
         compiled(state.evaluated, batch['image'])
         for batch in input_pipeline.eval_batches(split, batch_size=batch_size)
     ]
-    # The batches are contiguous and cut into consecutive runs over the devices, so their order is
-    # the split's; the padding is at the very end.
-    outputs = [np.asarray(output).reshape(-1, output.shape[-1]) for output in outputs]
-    return np.concatenate(outputs)[: len(split)]
+    # The batches are contiguous and cut into consecutive runs over the processes and their devices,
+    # so their order is the split's; the padding is at the very end.
+    local = np.stack([cluster.local(output) for output in outputs])
+    gathered = np.moveaxis(cluster.gather(local), 0, 1)
+    return gathered.reshape(-1, gathered.shape[-1])[: len(split)]
 
 
 def mirrored(split: Split) -> Split:

@@ -9,12 +9,14 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from performer_vit import events
+from performer_vit import cluster, events
 from performer_vit import workdir as run_directory
 
 
 def say(dataset_name: str, text: str) -> None:
-    """Prints lines, each under the name of the data set that was really read."""
+    """Prints lines, each under the name of the data set that was really read; process 0 alone."""
+    if not cluster.is_main():
+        return
     for line in text.splitlines():
         tqdm.write(f'[{dataset_name}] {line}', file=sys.stdout)
     sys.stdout.flush()
@@ -35,7 +37,8 @@ def remaining(started: float, done: int, total: int) -> str:
 class Progress:
     """The bar with ETA and images/s, and TensorBoard's scalars, images and hyperparameters.
 
-    What an earlier process of the run showed of the steps after the first is forgotten.
+    What an earlier process of the run showed of the steps after the first is forgotten. Of several
+    processes, process 0 alone shows anything.
 
     Args:
       workdir: where TensorBoard's event files go.
@@ -60,8 +63,11 @@ class Progress:
         self._dataset_name = dataset_name
         self._batch_size = config.batch_size
         self._num_epochs = config.num_epochs
-        events.forget_after(workdir, first_step)
-        self._writer = metric_writers.create_default_writer(str(workdir), asynchronous=True)
+        if cluster.is_main():
+            events.forget_after(workdir, first_step)
+            self._writer = metric_writers.create_default_writer(str(workdir), asynchronous=True)
+        else:
+            self._writer = metric_writers.MultiWriter([])
         fields = run_directory.flatten(config.to_dict())
         hparams = {
             key: value if isinstance(value, bool | int | float | str) else str(value)
@@ -69,7 +75,7 @@ class Progress:
         }
         self._writer.write_hparams({**hparams, 'dataset_read': dataset_name})
         self._hooks = []
-        if config.profile:
+        if config.profile and cluster.is_main():
             # Hooks hear of every `log_every_steps`-th step alone, so the trace goes from the first
             # report to one that is five steps or more later.
             first_report = (first_step // config.log_every_steps + 1) * config.log_every_steps
@@ -89,6 +95,7 @@ class Progress:
             unit_scale=True,
             mininterval=1.0,
             dynamic_ncols=True,
+            disable=not cluster.is_main(),
         )
         self.resume(first_step)
 

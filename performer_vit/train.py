@@ -1,6 +1,7 @@
 """Training, read top to bottom: data, model, step, loop, final test."""
 
 import collections
+import contextlib
 import functools
 import math
 import os
@@ -12,11 +13,11 @@ from typing import NoReturn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import jax_utils
 
 from performer_vit import (
     augment,
     checkpoints,
+    cluster,
     datasets,
     evaluate,
     figures,
@@ -208,7 +209,9 @@ def prepare(config, dataset: datasets.Dataset) -> Training:
 
 def compile_step(training: Training, state: TrainState, batch: dict) -> Callable:
     """The step compiled for this replicated state and this batch; the state is donated."""
-    step = jax.pmap(training.step_fn, axis_name='batch', donate_argnums=0)
+    step = jax.pmap(
+        training.step_fn, axis_name='batch', devices=cluster.devices(), donate_argnums=0
+    )
     return step.lower(state, batch).compile()
 
 
@@ -281,9 +284,18 @@ def _fit(
 ) -> dict:
     """The training itself, which `finish` ends: `_test` or `_score`."""
     training = prepare(config, dataset)
-    with run_directory.alone(workdir), interruption.deferred() as asked_to_stop:
-        workdir = run_directory.claim(workdir, config.to_dict(), dataset.name)
-        return _run(config, dataset, workdir, training, finish, on_epoch, asked_to_stop)
+    cluster.check_agreement('their data set', dataset.name)
+    cluster.check_agreement('their config', config.to_json(sort_keys=True))
+    with contextlib.ExitStack() as stack:
+        asked = stack.enter_context(interruption.deferred())
+
+        def claim() -> str:
+            stack.enter_context(run_directory.alone(workdir))
+            return str(run_directory.claim(workdir, config.to_dict(), dataset.name))
+
+        claimed = pathlib.Path(cluster.from_main(claim))
+        asked_to_stop = cluster.together(asked, config.log_every_steps)
+        return _run(config, dataset, claimed, training, finish, on_epoch, asked_to_stop)
 
 
 def _run(
@@ -296,7 +308,7 @@ def _run(
     asked_to_stop: Callable[[], bool],
 ) -> dict:
     say = functools.partial(progress.say, dataset.name)
-    if (workdir / 'results.json').exists():
+    if cluster.from_main((workdir / 'results.json').exists):
         results = run_directory.read_json(workdir / 'results.json')
         is_tested, here = 'test_accuracy' in results, finish is _test
         if is_tested != here:
@@ -306,7 +318,7 @@ def _run(
                 f'is to be {kinds[here]}: give it another --workdir=DIR.'
             )
         say(f'This run is finished, and nothing of it is done again. It is in {workdir}')
-        if not (workdir / 'history.csv').exists():
+        if cluster.is_main() and not (workdir / 'history.csv').exists():
             run_directory.write_history(workdir / 'history.csv', results['history'])
         say(evaluate.summary_table(results))
         return results
@@ -318,7 +330,8 @@ def _run(
     first_step, last_step = int(state.step), config.num_epochs * training.steps_per_epoch
     if start:
         say(f'Going on after step {first_step:,} of {last_step:,}, from a checkpoint.')
-        run_directory.write_history(workdir / 'history.csv', history)
+        if cluster.is_main():
+            run_directory.write_history(workdir / 'history.csv', history)
     batches = functools.partial(
         input_pipeline.train_batches,
         dataset.train,
@@ -328,7 +341,7 @@ def _run(
 
     say('Compiling the training step and the forward pass …')
     started = time.perf_counter()
-    state = jax_utils.replicate(state, axis_name='batch')
+    state = cluster.replicate(state)
     first_batch = next(batches(first_step=0, num_steps=1))
     step_fn = compile_step(training, state, first_batch)
     predict = prediction.compile_forward(training.model, dataset, state, config.batch_size)
@@ -380,14 +393,15 @@ def _run(
                 row['validation_accuracy'] = evaluate.accuracy(labels, log_probabilities)
                 raise_if_not_finite(row)
             history.append(row)
-            run_directory.write_history(workdir / 'history.csv', history)
+            if cluster.is_main():
+                run_directory.write_history(workdir / 'history.csv', history)
             is_last = epoch + 1 == config.num_epochs or stops_early(
                 history, config.early_stopping_patience
             )
             shown.epoch_done(row)
             if is_last or (epoch + 1) % config.checkpoint.every_epochs == 0:
                 shown.flush()
-                saved.save(jax_utils.unreplicate(state), history)
+                saved.save(cluster.first_replica(state), history)
             on_epoch(row)
             shown.resume(end)
         saved.wait()
@@ -428,7 +442,7 @@ def _save_and_stop(
         raise interruption.Interrupted('Asked to stop, this run has not done a step.')
     # Between epochs there may be a checkpoint of this very step.
     if step not in saved.steps():
-        saved.save(jax_utils.unreplicate(state), history, seconds)
+        saved.save(cluster.first_replica(state), history, seconds)
         saved.wait()
     raise interruption.Interrupted(f'Asked to stop, this run has saved step {step:,}.')
 
@@ -447,7 +461,7 @@ def _test(fitted: _Fitted) -> dict:
     if config.test_state == 'best':
         tested = saved.best(history)
         state = saved.restore(training.state, tested['step']).state
-        state = jax_utils.replicate(state, axis_name='batch')
+        state = cluster.replicate(state)
     log_probabilities, inference_seconds = prediction.timed(predict, state, dataset.test)
     results = {
         **results,
@@ -460,39 +474,43 @@ def _test(fitted: _Fitted) -> dict:
         mirrored = predict(state, prediction.mirrored(dataset.test))
         labels = dataset.test.labels
         results |= evaluate.flip_averaged(log_probabilities, mirrored, labels)
-    variables = jax_utils.unreplicate(state.evaluated)
+    variables = cluster.first_replica(state.evaluated)
     learnt = evaluate.learnt_kernel(
         config, dataset, training.model, variables, training.state.params
     )
-    return evaluate.write_report(
-        workdir,
-        results,
-        log_probabilities,
-        dataset.test.labels,
-        dataset.class_names,
-        learnt,
-        show=functools.partial(shown.tested, tested['step']),
+    return cluster.from_main(
+        lambda: evaluate.write_report(
+            workdir,
+            results,
+            log_probabilities,
+            dataset.test.labels,
+            dataset.class_names,
+            learnt,
+            show=functools.partial(shown.tested, tested['step']),
+        )
     )
 
 
 def _score(fitted: _Fitted) -> dict:
     """The report of the last epoch on the validation split."""
     validation, last = fitted.dataset.validation, fitted.results['history'][-1]
-    run_directory.write_arrays(
-        fitted.workdir / 'validation_predictions.npz',
-        {
-            'labels': validation.labels,
-            'log_probabilities': fitted.predict(fitted.state, validation).astype(np.float32),
-        },
-    )
+    log_probabilities = fitted.predict(fitted.state, validation).astype(np.float32)
     results = {
         **fitted.results,
         'validation_accuracy': last['validation_accuracy'],
         'validation_loss': last['validation_loss'],
     }
-    # Last, since results.json marks a run as finished.
-    run_directory.write_json(fitted.workdir / 'results.json', results)
-    return results
+
+    def write() -> dict:
+        run_directory.write_arrays(
+            fitted.workdir / 'validation_predictions.npz',
+            {'labels': validation.labels, 'log_probabilities': log_probabilities},
+        )
+        # Last, since results.json marks a run as finished.
+        run_directory.write_json(fitted.workdir / 'results.json', results)
+        return results
+
+    return cluster.from_main(write)
 
 
 def _description(training: Training, dataset: datasets.Dataset, workdir: pathlib.Path) -> str:

@@ -5,11 +5,10 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from flax import linen as nn
 
-from performer_vit import augment, datasets, vit
+from performer_vit import augment, cluster, datasets, vit
 from performer_vit.checkpoints import TrainState
 from performer_vit.favor import redraw_projections
 
@@ -220,8 +219,9 @@ def make_diagnosis(
         return jax.lax.pmin(flags.astype(jnp.int32), 'batch')
 
     def diagnose(state: TrainState, batch: dict) -> str:
-        flags = jax.pmap(look, axis_name='batch')(state, batch).addressable_shards[0].data
-        for name, flag in zip(names['seen'], np.ravel(flags), strict=True):
+        mapped = jax.pmap(look, axis_name='batch', devices=cluster.devices())
+        flags = cluster.first_replica(mapped(state, batch))
+        for name, flag in zip(names['seen'], flags, strict=True):
             if not flag:
                 return f'first in {name}'
         return 'though not when it was done again'

@@ -1,0 +1,150 @@
+"""Several processes that train one model: how they meet, what they share, who writes.
+
+Every function here does the obvious thing where there is one process.
+"""
+
+import itertools
+import json
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from performer_vit.errors import BadInput
+
+# Seconds without a sign of life after which a process is taken to be dead, and the others end.
+HEARTBEAT_TIMEOUT = 20
+
+
+def join(coordinator: str | None, num_processes: int | None, process_id: int | None) -> None:
+    """Joins a cluster, for the beginning of a program; what is None is detected by JAX.
+
+    Args:
+      coordinator: HOST:PORT of process 0.
+      num_processes: how many there are.
+      process_id: this one's number, from 0 on.
+
+    Raises:
+      BadInput: the arguments do not fit, what is missing cannot be detected, or the others do not
+        answer.
+    """
+    try:
+        jax.distributed.initialize(
+            coordinator,
+            num_processes,
+            process_id,
+            heartbeat_timeout_seconds=HEARTBEAT_TIMEOUT,
+        )
+    except (ValueError, RuntimeError, IndexError, OSError) as error:
+        raise BadInput(
+            f'this process cannot join a cluster ({error}): give --coordinator=HOST:PORT, '
+            '--num_processes and --process_id, each process its own number from 0 on, or start the '
+            'processes by a scheduler that JAX detects.'
+        ) from error
+
+
+def is_main() -> bool:
+    """Whether this process is the one that writes."""
+    return jax.process_index() == 0
+
+
+def devices() -> list[jax.Device] | None:
+    """All devices, those of process 0 first, as `jax.pmap` takes them; None for its own choice."""
+    if jax.process_count() == 1:
+        return None
+    return list(
+        itertools.chain.from_iterable(
+            jax.local_devices(process_index=index) for index in range(jax.process_count())
+        )
+    )
+
+
+def over_devices(tree, chosen: Sequence[jax.Device] | None = None):
+    """Arrays (L, …) of this process, one entry a device, as arrays over all processes' devices.
+
+    Args:
+      tree: of NumPy arrays.
+      chosen: the devices; None means all of them.
+    """
+    mesh = jax.sharding.Mesh(np.array(chosen or devices() or jax.devices()), ('batch',))
+    sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec('batch'))
+    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), tree)
+
+
+def replicate(tree):
+    """A copy on every device of all processes."""
+    count = jax.local_device_count()
+    return over_devices(
+        jax.tree.map(lambda x: np.broadcast_to(np.asarray(x), (count, *np.shape(x))), tree)
+    )
+
+
+def local(array: jax.Array) -> np.ndarray:
+    """The entries (L, …) of this process's devices, on the host."""
+    shards = sorted(array.addressable_shards, key=lambda shard: shard.index[0].start or 0)
+    return np.concatenate([np.asarray(shard.data) for shard in shards])
+
+
+def first_replica(tree):
+    """One of the equal copies on the devices, on the host."""
+    return jax.tree.map(lambda x: np.asarray(x.addressable_shards[0].data)[0], tree)
+
+
+def gather(array: np.ndarray) -> np.ndarray:
+    """The arrays of all processes, (P, …), on each of them."""
+    return np.asarray(multihost_utils.process_allgather(array)).reshape(-1, *array.shape)
+
+
+def any_of(flag: bool) -> bool:
+    """Whether any process says so; all must ask at the same time."""
+    return bool(gather(np.array(flag)).any())
+
+
+def together(asked: Callable[[], bool], every: int) -> Callable[[], bool]:
+    """A question that all processes ask equally often, and to which they get one answer.
+
+    Between several it is asked every so many times alone, since each answer is waited for.
+    """
+    if jax.process_count() == 1:
+        return asked
+    calls = itertools.count()
+    return lambda: next(calls) % every == 0 and any_of(asked())
+
+
+def check_agreement(what: str, value: str) -> None:
+    """Raises `BadInput` in every process where they do not all have the same value."""
+    # Broadcasts need arrays of one size.
+    content = np.zeros(4096, np.uint8)
+    encoded = value.encode()[: content.size]
+    content[: len(encoded)] = np.frombuffer(encoded, np.uint8)
+    values = [bytes(row).rstrip(b'\0').decode(errors='replace') for row in gather(content)]
+    if len(set(values)) > 1:
+        listed = '\n'.join(f'  process {i}: {each}' for i, each in enumerate(values))
+        raise BadInput(f'the processes differ in {what}:\n{listed}\nStart them all with the same.')
+
+
+def from_main(function: Callable[[], Any]) -> Any:
+    """What process 0 gets from a function that it alone calls, by way of JSON, in every process.
+
+    Raises:
+      BadInput: in every process, where it was raised in process 0.
+    """
+    if jax.process_count() == 1:
+        return function()
+    outcome = {}
+    if is_main():
+        try:
+            outcome['value'] = function()
+        except BadInput as error:
+            outcome['error'] = str(error)
+    encoded = np.frombuffer(json.dumps(outcome).encode(), np.uint8)
+    size = int(multihost_utils.broadcast_one_to_all(np.array(encoded.size)))
+    content = np.zeros(size, np.uint8)
+    if is_main():
+        content[:] = encoded
+    received = json.loads(bytes(np.asarray(multihost_utils.broadcast_one_to_all(content))))
+    if 'error' in received:
+        raise BadInput(received['error'])
+    return outcome['value'] if is_main() else received['value']
