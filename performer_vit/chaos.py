@@ -335,7 +335,8 @@ def differences(workdir: pathlib.Path, whole: pathlib.Path) -> Iterator[str]:
                 yield f'{what} {kind} {sorted(map(str, keys))[:3]}, {len(keys)} in all'
 
 
-def _state(workdir: pathlib.Path) -> dict[str, np.ndarray]:
+def final_state(workdir: pathlib.Path) -> dict[str, np.ndarray]:
+    """The leaves of the newest checkpoint's train state by name."""
     newest = max((workdir / 'checkpoints').glob('[0-9]*'), key=lambda path: int(path.name))
     with ocp.StandardCheckpointer() as checkpointer:
         leaves = jax.tree_util.tree_leaves_with_path(checkpointer.restore(newest / 'state'))
@@ -375,7 +376,7 @@ def _results(workdir: pathlib.Path) -> dict[str, object]:
 
 # What is compared, as values by key.
 _READ = {
-    'the final train state': _state,
+    'the final train state': final_state,
     'history.csv': _history,
     'TensorBoard': _scalars,
     'the predictions': _predictions,

@@ -3,9 +3,10 @@
 Every function here does the obvious thing where there is one process.
 """
 
+import hashlib
 import itertools
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -113,16 +114,29 @@ def together(asked: Callable[[], bool], every: int) -> Callable[[], bool]:
     return lambda: next(calls) % every == 0 and any_of(asked())
 
 
-def check_agreement(what: str, value: str) -> None:
-    """Raises `BadInput` in every process where they do not all have the same value."""
-    # Broadcasts need arrays of one size.
-    content = np.zeros(4096, np.uint8)
-    encoded = value.encode()[: content.size]
-    content[: len(encoded)] = np.frombuffer(encoded, np.uint8)
-    values = [bytes(row).rstrip(b'\0').decode(errors='replace') for row in gather(content)]
-    if len(set(values)) > 1:
-        listed = '\n'.join(f'  process {i}: {each}' for i, each in enumerate(values))
-        raise BadInput(f'the processes differ in {what}:\n{listed}\nStart them all with the same.')
+def check_agreement(what: str, values: Mapping[str, object]) -> None:
+    """Raises `BadInput` in every process where one has another value under a name than process 0.
+
+    Args:
+      what: the whole of the values, in the message.
+      values: JSON can represent them; the names are the same in all processes.
+    """
+    names = sorted(values)
+    texts = [json.dumps(values[name]) for name in names]
+    codes = [hashlib.blake2b(text.encode(), digest_size=8).digest() for text in texts]
+    everywhere = gather(np.frombuffer(b''.join(codes), np.uint8).reshape(len(names), 8))
+    differing = np.argwhere((everywhere != everywhere[0]).any(-1))
+    if not len(differing):
+        return
+    process, place = (int(number) for number in differing[0])
+    # All processes come here, with the same place.
+    length = int(gather(np.array(len(texts[place]))).max())
+    shown = gather(np.frombuffer(texts[place].encode().ljust(4 * length), np.uint8)[: 4 * length])
+    theirs = [bytes(shown[i]).decode(errors='replace').strip() for i in (0, process)]
+    raise BadInput(
+        f'the processes differ in {what}, in {names[place]}: {theirs[0]} in process 0, {theirs[1]} '
+        f'in process {process}. Start them all with the same.'
+    )
 
 
 def from_main(function: Callable[[], Any]) -> Any:

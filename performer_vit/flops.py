@@ -30,8 +30,8 @@ def count(function: Callable, *arguments) -> float:
     exact_attention.BLOCK_SIZE = convolution.BLOCK_PLACES = sys.maxsize
     linear_attention.BLOCK_FEATURES = {jax.default_backend(): sys.maxsize}
     try:
-        # A function of its own, or JAX would find the trace of the one with blocks. What `pmap` does
-        # on one device, which `pmap` itself would not leave at one where there are more processes.
+        # A function of its own, or JAX would find the trace of the one with blocks. This is what
+        # `pmap` does on one device; of several processes it would insist on all devices.
         mapped = jax.shard_map(
             lambda *args: jax.tree.map(
                 lambda x: x[None], function(*jax.tree.map(lambda x: x[0], args))

@@ -284,8 +284,9 @@ def _fit(
 ) -> dict:
     """The training itself, which `finish` ends: `_test` or `_score`."""
     training = prepare(config, dataset)
-    cluster.check_agreement('their data set', dataset.name)
-    cluster.check_agreement('their config', config.to_json(sort_keys=True))
+    read = {'name': dataset.name, 'training images': len(dataset.train)}
+    cluster.check_agreement('the data set that they read', read)
+    cluster.check_agreement('their config', run_directory.flatten(config.to_dict()))
     with contextlib.ExitStack() as stack:
         asked = stack.enter_context(interruption.deferred())
 

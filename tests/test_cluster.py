@@ -1,0 +1,197 @@
+"""Several real processes on this machine train one model, by the command line and gloo."""
+
+import functools
+import os
+import pathlib
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+
+from performer_vit import chaos, cluster, workdir
+from performer_vit.errors import BadInput
+from tests.conftest import ROOT
+
+# A batch for 1, 2 and 3 processes; 360 test images and 144 of validation do not divide by it.
+FLAGS = (
+    '--config=configs/performer_relu.py:digits,small',
+    '--config.num_epochs=3',
+    '--config.batch_size=96',
+    '--config.log_every_steps=3',
+    '--config.model.width=16',
+    '--config.model.mlp_dim=16',
+    '--config.model.stem=patch',
+    '--config.model.pooling=gap',
+)
+
+
+class Processes:
+    """`run.py` in so many processes that share the devices; one process joins no cluster."""
+
+    def __init__(
+        self,
+        count: int,
+        directory: pathlib.Path,
+        *flags: str,
+        devices: int = 2,
+        each: Callable[[int], tuple] = lambda i: (),
+    ):
+        self.all = []
+        self.outputs = []
+        with socket.socket() as free:
+            free.bind(('localhost', 0))
+            port = free.getsockname()[1]
+        environment = {
+            **os.environ,
+            'XLA_FLAGS': f'--xla_force_host_platform_device_count={devices // count} '
+            '--xla_backend_optimization_level=0',
+        }
+        for i in range(count):
+            others = (f'--coordinator=localhost:{port}', f'--num_processes={count}')
+            own = (*others, f'--process_id={i}') if count > 1 else ()
+            # Not a pipe, which a process that nobody reads would wait for.
+            path = directory.with_name(f'{directory.name}.{time.monotonic_ns()}.log')
+            self.outputs.append(path)
+            with open(path, 'w') as output:
+                self.all.append(
+                    subprocess.Popen(
+                        [sys.executable, 'run.py', *FLAGS, *flags, *each(i), *own]
+                        + [f'--workdir={directory}'],
+                        cwd=ROOT,
+                        env=environment,
+                        stdout=output,
+                        stderr=subprocess.STDOUT,
+                    )
+                )
+
+    def said(self, i: int) -> str:
+        return self.outputs[i].read_text(errors='replace')
+
+    def wait_for(self, text: str) -> None:
+        while text not in self.said(0):
+            assert self.all[0].poll() is None, self.said(0)[-3000:]
+            time.sleep(0.01)
+
+    def codes(self, timeout: float = 300) -> list[int]:
+        try:
+            return [process.wait(timeout) for process in self.all]
+        finally:
+            for process in self.all:
+                process.kill()
+
+
+@pytest.fixture(scope='module')
+def alone(tmp_path_factory):
+    """The run that one process trains on so many devices."""
+
+    @functools.cache
+    def train(devices: int) -> pathlib.Path:
+        directory = tmp_path_factory.mktemp('cluster') / 'alone'
+        assert Processes(1, directory, devices=devices).codes() == [0]
+        return directory
+
+    return train
+
+
+def assert_equal_runs(directory, alone):
+    """States, history and predictions within 1e-5, with each image of the test split once."""
+    ours, theirs = chaos.final_state(directory), chaos.final_state(alone)
+    assert ours.keys() == theirs.keys()
+    for name, value in theirs.items():
+        np.testing.assert_allclose(ours[name], value, rtol=1e-5, atol=1e-5, err_msg=name)
+    ours, theirs = (workdir.read_history(each / 'history.csv') for each in (directory, alone))
+    assert [row['step'] for row in ours] == [row['step'] for row in theirs]
+    for field in ('train_loss', 'train_accuracy', 'validation_loss', 'validation_accuracy'):
+        np.testing.assert_allclose(
+            [row[field] for row in ours], [row[field] for row in theirs], rtol=1e-5, atol=1e-5
+        )
+    ours, theirs = (
+        workdir.read_arrays(each / 'test_predictions.npz') for each in (directory, alone)
+    )
+    assert len(theirs['labels']) == 360
+    np.testing.assert_array_equal(ours['labels'], theirs['labels'])
+    np.testing.assert_allclose(ours['log_probabilities'], theirs['log_probabilities'], atol=1e-4)
+    assert len(list(directory.glob('*tfevents*'))) == len(list(alone.glob('*tfevents*')))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('count', [2, 3])
+def test_several_processes_are_one(alone, tmp_path, count):
+    """30 steps and more. Catches shares of a batch that overlap, gradients that are summed, an
+    image that is tested twice or not at all, and a second writer."""
+    together = Processes(count, tmp_path / 'run', devices=count)
+    assert together.codes() == [0] * count, together.said(0)[-3000:]
+    assert int(chaos.final_state(tmp_path / 'run')["['step']"]) >= 30
+    assert_equal_runs(tmp_path / 'run', alone(count))
+    assert '[digits]' not in together.said(1)  # Process 0 speaks for all.
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('before, after', [(2, 1), (1, 2)])
+def test_another_number_of_processes_goes_on(alone, tmp_path, before, after):
+    """Stopped by a signal to the last process alone, after which all save one step and end."""
+    first = Processes(before, tmp_path / 'run')
+    first.wait_for('Epoch 1/')
+    first.all[-1].send_signal(signal.SIGTERM)
+    assert first.codes() == [75] * before, first.said(0)[-3000:]
+    steps = {re.search('has saved step (\\d+)', first.said(i))[1] for i in range(before)}
+    assert len(steps) == 1
+    second = Processes(after, tmp_path / 'run')
+    assert second.codes() == [0] * after, second.said(0)[-3000:]
+    assert f'Going on after step {steps.pop()} of' in second.said(0)
+    ours, theirs = chaos.final_state(tmp_path / 'run'), chaos.final_state(alone(2))
+    for name, value in theirs.items():
+        np.testing.assert_allclose(ours[name], value, rtol=1e-5, atol=1e-5, err_msg=name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('killed', [0, 1])
+def test_the_others_end_when_one_is_killed(tmp_path, killed):
+    """Within a minute, with an error. Catches processes that wait for ever."""
+    together = Processes(2, tmp_path / 'run', '--config.num_epochs=100000')
+    together.wait_for('Epoch 2/')
+    together.all[killed].kill()
+    codes = together.codes(timeout=60)
+    assert codes[killed] == -signal.SIGKILL
+    assert codes[1 - killed] not in (0, 75), together.said(1 - killed)[-3000:]
+
+
+@pytest.mark.slow
+def test_processes_that_differ_all_end_and_say_how(tmp_path):
+    """Before anything is written."""
+    together = Processes(2, tmp_path / 'run', each=lambda i: (f'--config.seed={i}',))
+    assert together.codes() == [2, 2]
+    for i in range(2):
+        assert re.search(
+            'differ in their config, in seed: 0 in process 0, 1 in process 1', together.said(i)
+        ), together.said(i)[-3000:]
+    assert not (tmp_path / 'run').exists()
+
+
+def test_one_process_is_no_cluster():
+    """What everyone calls does the obvious thing."""
+    assert cluster.is_main() and cluster.devices() is None
+    assert cluster.any_of(True) and not cluster.any_of(False)
+    np.testing.assert_array_equal(cluster.gather(np.arange(3)), [[0, 1, 2]])
+    asked = object()
+    assert cluster.together(asked, 5) is asked
+    assert cluster.from_main(lambda: 7) == 7
+    with pytest.raises(BadInput, match='mine'):
+        cluster.from_main(lambda: (_ for _ in ()).throw(BadInput('mine')))
+    cluster.check_agreement('the config', {'seed': 0})
+
+
+def test_replicas_lie_on_all_devices():
+    state = {'a': np.arange(3.0), 'b': np.float32(2)}
+    copies = cluster.replicate(state)
+    assert copies['a'].shape == (4, 3) and len(copies['a'].addressable_shards) == 4
+    np.testing.assert_array_equal(cluster.local(copies['a']), [state['a']] * 4)
+    again = cluster.first_replica(copies)
+    np.testing.assert_array_equal(again['a'], state['a'])
+    assert again['b'] == 2 and again['b'].shape == ()
