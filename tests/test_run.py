@@ -1,21 +1,14 @@
-"""The command line as a user types it, and a run that is killed."""
+"""The command line as a user types it."""
 
 import contextlib
 import os
-import random
-import re
-import signal
 import subprocess
 import sys
-import time
 
-import jax
-import numpy as np
 import pytest
 
-from performer_vit import checkpoints, datasets, train, workdir
-from performer_vit.errors import BadInput
-from tests.conftest import ROOT, load_config
+from performer_vit import workdir
+from tests.conftest import ROOT
 
 SMALL = (
     '--config=configs/performer_relu.py:digits',
@@ -75,86 +68,6 @@ def test_mistakes_get_an_error_without_a_traceback(arguments, message):
     assert done.returncode == 2
     assert message in done.stderr
     assert 'Traceback' not in done.stderr
-
-
-@pytest.mark.slow
-def test_kill_9_at_three_moments_changes_nothing(tmp_path):
-    """The same command after each kill ends in the bits of a run that was never stopped.
-
-    The moments are random; what must hold does not depend on them. Catches state that lives
-    outside the checkpoint, a half-written checkpoint that is read, and an order of images that
-    starts anew.
-    """
-    done = run(*SMALL, f'--workdir={tmp_path}/whole')
-    assert done.returncode == 0, done.stderr
-    assert all(line.startswith('[digits]') for line in done.stdout.splitlines())
-    whole = workdir.read_history(tmp_path / 'whole' / 'history.csv')
-    moments = random.Random(0)
-    command = [sys.executable, 'run.py', *SMALL, f'--workdir={tmp_path}/killed']
-    for _ in range(3):
-        process = subprocess.Popen(
-            command, cwd=ROOT, env=environment(),
-            stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
-        )  # fmt: skip
-        # From the first line about an epoch on: before it there is nothing to lose.
-        for line in process.stdout:
-            if 'Epoch' in line:
-                break
-        time.sleep(moments.uniform(0.0, 0.3))
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-    done = run(*SMALL, f'--workdir={tmp_path}/killed')
-    assert done.returncode == 0, done.stderr
-
-    config = load_config('performer_relu', 'digits')
-    config.update_from_flattened_dict({
-        name.removeprefix('--config.'): _parse(value)
-        for name, value in (flag.split('=') for flag in SMALL[1:])
-    })  # fmt: skip
-    template = train.prepare(config, datasets.load('digits')).state
-    states = []
-    for name in ('whole', 'killed'):
-        manager = checkpoints.Checkpoints(tmp_path / name / 'checkpoints', 2, 1)
-        saved = manager.restore(template, manager.steps()[-1])
-        states.append(jax.tree.map(np.asarray, saved.state))
-        manager.close()
-    assert int(states[0].step) == 4 * (1149 // 64)
-    jax.tree.map(np.testing.assert_array_equal, *states)
-    results = [workdir.read_json(tmp_path / name / 'results.json') for name in ('whole', 'killed')]
-    for field in ('tested_epoch', 'test_loss', 'test_accuracy', 'validation_accuracy'):
-        assert results[0][field] == results[1][field]
-    history = workdir.read_history(tmp_path / 'killed' / 'history.csv')
-    for row, other in zip(history, whole, strict=True):
-        assert {**row, 'seconds': 0} == {**other, 'seconds': 0}
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM])
-def test_a_run_that_is_asked_to_stop_saves_and_says_so(tmp_path, number):
-    """Exit code 75, and a line that says what was saved; the same command goes on from there.
-
-    Meanwhile another process on the workdir is refused. Catches a code that scripts take for a
-    failure, a traceback, and two processes that write the same files.
-    """
-    # So many epochs that none of this is over before the signal comes.
-    long = [*SMALL, '--config.num_epochs=100000', f'--workdir={tmp_path}/run']
-    process = subprocess.Popen(
-        [sys.executable, 'run.py', *long], cwd=ROOT, env=environment(),
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
-    for line in process.stdout:
-        if 'Epoch 1/' in line:
-            break
-    with pytest.raises(BadInput, match='another process trains in the workdir'):
-        with workdir.alone(tmp_path / 'run'):
-            pass
-    process.send_signal(number)
-    _, errors = process.communicate(timeout=300)
-    assert process.returncode == 75, errors
-    assert 'Traceback' not in errors
-    (step,) = re.findall(r'Asked to stop, this run has saved step ([\d,]+)\. The same', errors)
-    saved = sorted(int(path.name) for path in (tmp_path / 'run' / 'checkpoints').glob('[0-9]*'))
-    assert saved[-1] == int(step.replace(',', ''))
 
 
 @pytest.mark.slow

@@ -17,6 +17,13 @@ def get_config(arguments: str = '') -> ConfigDict:
         {'model.attention.theta_init': 'lecun'},
         *({'model.attention.theta_sharing': shared} for shared in ('sides', 'heads', 'none')),
         {'model.attention.kernel': 'ftheta_mixture'},
-        {'model.attention.kernel': 'ftheta_mixture', 'model.attention.theta_init': 'softmax'},
+        *(
+            {
+                'model.attention.kernel': 'ftheta_mixture',
+                'model.attention.theta_init': 'softmax',
+                'model.attention.theta_sharing': shared,
+            }
+            for shared in ('all', 'none')
+        ),
     )
     return config
