@@ -22,7 +22,7 @@ def parse(argv: list[str]) -> list[str]:
         # ml_collections puts the traceback of a config into its message; the last line tells why.
         reason = str(error).strip()
         fail(reason.splitlines()[-1] if 'Traceback' in reason else reason)
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
         reason = str(error).strip('\'"').replace('\\n', '\n').replace("\\'", "'")
         fail(f'--config: {reason}\nconfigs/base.py lists every field with its default.')
     except OSError as error:

@@ -320,8 +320,9 @@ def _too_few(full: Split, fraction: float, reason: str) -> str:
     smallest = np.unique(full.labels, return_counts=True)[1].min()
     return (
         f'{len(full)} training images, {smallest} in the smallest class, cannot be split by class '
-        f'with a fraction of {fraction} held out: {reason.rstrip(".")}. Each class must be in both '
-        'parts. Give more images, choose another fraction, or train on all with 0.'
+        f'with dataset.validation_fraction {fraction} of them held out: {reason.rstrip(".")}. Each '
+        'class must be in both parts. Give more images, choose another fraction, or train on all '
+        'with 0.'
     )
 
 

@@ -15,7 +15,16 @@ def choose(what: str, given: object, allowed) -> None:
     """Raises `BadInput` unless `given` is one of the names `allowed` for the field `what`."""
     if given not in tuple(allowed):
         names = ', '.join(repr(name) for name in allowed)
-        raise BadInput(f'{what} is {given!r}; allowed are {names}. Choose one of these names.')
+        raise BadInput(f'{what} is {shown(given)}; allowed are {names}. Choose one of these names.')
+
+
+def shown(value: object) -> str:
+    """`repr` of a value, of bounded length, to be part of a message."""
+    try:
+        text = repr(value)
+    except ValueError:  # Python does not write out integers of thousands of digits.
+        return f'a large {type(value).__name__}'
+    return text if len(text) <= 200 else f'{text[:197]} …'
 
 
 def one_line(error: Exception) -> str:

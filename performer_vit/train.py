@@ -20,10 +20,12 @@ from performer_vit import (
     cluster,
     datasets,
     evaluate,
+    fields,
     figures,
     flops,
     input_pipeline,
     interruption,
+    memory,
     optimizers,
     progress,
     train_step,
@@ -34,25 +36,17 @@ from performer_vit import workdir as run_directory
 from performer_vit.checkpoints import Checkpoints, Saved, TrainState
 from performer_vit.errors import BadInput, choose
 
+# The fields that make a model large.
+_SIZES = (
+    'model.width, model.depth, model.mlp_dim, model.stem_channels, model.attention.num_features or '
+    'model.attention.hidden, or take a larger model.patch_size'
+)
 TEST_STATES = ('best', 'last')
 
 
 def check(config) -> None:
     """Raises `BadInput` for all that can be seen to be wrong in a config before data are read."""
-    at_least = {
-        'num_epochs': 1, 'batch_size': 1, 'log_every_steps': 1, 'checkpoint.every_epochs': 1,
-        'checkpoint.keep': 1, 'early_stopping_patience': 0, 'max_skipped_steps': 0,
-        'model.attention.redraw_every': 0, 'model.attention.hidden': 0, 'seed': 0,
-    }  # fmt: skip
-    values = run_directory.flatten(config.to_dict())
-    for field, least in at_least.items():
-        if values[field] < least:
-            raise BadInput(f'{field} is {values[field]}; set it to {least} or more.')
-    for field in ('label_smoothing', 'ema_decay', 'dataset.validation_fraction'):
-        if not 0 <= values[field] < 1:
-            raise BadInput(f'{field} is {values[field]}; set it to a number from 0 to below 1.')
-    if config.seed >= 2**32:
-        raise BadInput(f'seed is {config.seed}; set it to a number below 2**32.')
+    fields.check(run_directory.flatten(config.to_dict()))
     choose('test_state', config.test_state, TEST_STATES)
     if not config.dataset.validation_fraction and config.dataset.fold < 0:
         needs = {
@@ -195,12 +189,22 @@ def prepare(config, dataset: datasets.Dataset) -> Training:
             f'max_skipped_steps is {config.max_skipped_steps} and an epoch has {steps_per_epoch} '
             'steps: set it lower, so that each epoch has steps that count.'
         )
+    for field in ('num_epochs', 'optimizer.decay_epochs'):
+        epochs = run_directory.flatten(config.to_dict())[field]
+        if epochs * steps_per_epoch >= 2**31:
+            raise BadInput(
+                f'{field} is {epochs}, of {steps_per_epoch:,} steps each; allowed are less than '
+                '2**31 steps in all: set it lower, or batch_size higher.'
+            )
     schedule = optimizers.learning_rate(config.optimizer, steps_per_epoch, config.num_epochs)
     tx = optimizers.create(config.optimizer, schedule, axis_name='batch')
     model = vit.from_config(config.model, dataset.num_classes, config.seed)
-    state = checkpoints.create_state(
-        model, tx, dataset.image_shape, config.seed, ema=config.ema_decay > 0
-    )
+    create = functools.partial(
+        checkpoints.create_state,
+        model, tx, dataset.image_shape, config.seed, ema=config.ema_decay > 0,
+    )  # fmt: skip
+    memory.check('the train state', memory.size(jax.eval_shape(create)), _SIZES)
+    state = create()
     num_params = sum(leaf.size for leaf in jax.tree.leaves(state.params))
     step_fn = train_step.make_train_step(model, tx, schedule, config, dataset, steps_per_epoch)
     diagnose = train_step.make_diagnosis(model, tx, config, dataset, steps_per_epoch)
@@ -212,7 +216,12 @@ def compile_step(training: Training, state: TrainState, batch: dict) -> Callable
     step = jax.pmap(
         training.step_fn, axis_name='batch', devices=cluster.devices(), donate_argnums=0
     )
-    return step.lower(state, batch).compile()
+    compiled = step.lower(state, batch).compile()
+    needs = compiled.memory_analysis()
+    if needs is not None:  # Not every backend tells.
+        needed = needs.argument_size_in_bytes + needs.temp_size_in_bytes
+        memory.check('the training step', needed, f'batch_size, {_SIZES}')
+    return compiled
 
 
 def train(config, workdir: str | os.PathLike | None = None, run_name: str = 'run') -> dict:

@@ -48,6 +48,7 @@ def run(*arguments: str) -> subprocess.CompletedProcess:
         (('--config=configs/vit.py:mnist',), "the config argument is 'mnist'"),
         (('--config=configs/vit.py', '--config.num_epoch=3'), 'num_epochs'),
         (('--config=configs/vit.py', '--config.num_epochs=three'), 'three'),
+        (('--config=configs/vit.py', '--config.ema_decay=1' + 400 * '0'), 'ema_decay is inf'),
         (('--config=configs/vit.py', '--mode=fly'), '<train|evaluate|inspect|crossval|compare|'),
         (('--config=configs/vit.py', '--mode=compare'), 'needs a config with a section `compare`'),
         (('--config=configs/comparisons/kernels.py',), 'is for --mode=compare alone'),
