@@ -8,7 +8,7 @@ The argument after the colon picks the data set and, after a comma, another size
 
 from ml_collections import ConfigDict
 
-DATASETS = ('cifar10', 'cifar100', 'digits')
+DATASETS = ('cifar10', 'cifar100', 'digits', 'folder')
 
 # What a size changes of the fields below.
 SIZES = {
@@ -90,7 +90,10 @@ def get_config(arguments: str = '') -> ConfigDict:
 
     config.dataset = ConfigDict()
     config.dataset.name = datasets[0] if datasets else 'cifar10'
-    config.dataset.data_dir = ''  # A prepared TFDS directory; '': $TFDS_DATA_DIR, or download.
+    # A prepared TFDS directory; '': $TFDS_DATA_DIR, or download. Of 'folder': the directory with
+    # train/CLASS/IMAGE and test/CLASS/IMAGE.
+    config.dataset.data_dir = ''
+    config.dataset.image_size = 32  # Pixels along a side; images of 'folder' are scaled to it.
     # What to do where the data set cannot be had: train on 'digits', or fail ('none'). Whoever
     # names a data set wants that one.
     config.dataset.fallback = 'none' if datasets else 'digits'

@@ -1,4 +1,4 @@
-"""Where the images come from: CIFAR-10 and CIFAR-100 by TFDS, the embedded digits, a user's arrays.
+"""Where the images come from: CIFAR by TFDS, the embedded digits, a folder, a user's arrays.
 
 A data set is held in memory as uint8 images and int32 labels, already split. Everything here is
 NumPy; TensorFlow, TFDS and scikit-learn are imported only by the functions that need them.
@@ -17,11 +17,12 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from performer_vit import image_folder
 from performer_vit.errors import BadInput, choose, one_line
 
-DATASETS = ('cifar10', 'cifar100', 'digits')
+DATASETS = ('cifar10', 'cifar100', 'digits', 'folder')
 FALLBACKS = ('digits', 'none')
-IMAGE_SHAPE = (32, 32, 3)  # (h, w, c) of every image of `DATASETS`.
+_SIZE = 32  # Pixels along a side of the images of CIFAR and, enlarged, of the digits.
 
 _DOWNLOADS = {
     'cifar10': 'https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz',
@@ -101,6 +102,7 @@ def load(
     name: str,
     *,
     data_dir: str | os.PathLike | None = None,
+    image_size: int = _SIZE,
     fallback: str = 'digits',
     validation_fraction: float = 0.2,
     split_seed: int = 0,
@@ -117,12 +119,15 @@ def load(
     imported, also where connections hang instead of failing; a download that brings nothing for 20
     seconds is given up. Where nothing can be had, `fallback`
     decides. A directory that was named (by argument or variable) is never replaced by anything
-    else: where it cannot be read, or has no such data set, that is an error.
+    else: where it cannot be read, or has no such data set, that is an error. 'folder' reads images
+    of any kind from folders, see `image_folder.read`.
 
     Args:
         name: one of `DATASETS`.
         data_dir: the directory that holds a prepared data set as NAME/VERSION/dataset_info.json.
-            None or '' means that none is named. Unused for the digits.
+            None or '' means that none is named. Unused for the digits. Of 'folder': the
+            directory that holds train/CLASS/IMAGE and test/CLASS/IMAGE.
+        image_size: pixels along a side, to which images of 'folder' are scaled; others have 32.
         fallback: one of `FALLBACKS`. 'digits': `notify` gets a notice and the digits are returned
             (their `name` says so); 'none': raises instead.
         validation_fraction: part of the training set held out, stratified by class, in [0, 1);
@@ -134,12 +139,13 @@ def load(
         notify: gets the notice of the fallback, a text of several lines.
 
     Returns:
-        A `Dataset`, 32×32×3 for all of `DATASETS`.
+        A `Dataset` of images (image_size, image_size, 3).
 
     Raises:
         BadInput: unknown name or fallback; a named directory without the data set; a truncated or
             corrupt prepared data set; a fraction, seed or fold out of range, more folds than the
-            smallest class has images; no data with `fallback` 'none'.
+            smallest class has images; no data with `fallback` 'none'; an `image_size` that the data
+            set has not; what `image_folder.read` raises.
     """
     choose('dataset.name', name, DATASETS)
     choose('dataset.fallback', fallback, FALLBACKS)
@@ -150,6 +156,13 @@ def load(
         'fold': fold,
     }
     _check_split(**held_out)
+    if name == 'folder':
+        return _folder(data_dir, image_size, held_out)
+    if image_size != _SIZE:
+        raise BadInput(
+            f'dataset.image_size is {image_size}; images of {name} have {_SIZE}×{_SIZE} pixels: '
+            f"set it to {_SIZE}. Only those of 'folder' are scaled."
+        )
     if name == 'digits':
         return _digits(held_out)
     try:
@@ -344,6 +357,17 @@ def _statistics(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return (mean / 255).astype(np.float32), (np.maximum(std, 1) / 255).astype(np.float32)
 
 
+def _folder(data_dir: str | os.PathLike | None, image_size: int, held_out: dict) -> Dataset:
+    if not data_dir:
+        raise BadInput(
+            "dataset.name is 'folder', and dataset.data_dir is empty: set it to the directory that "
+            'holds train/CLASS/IMAGE and test/CLASS/IMAGE.'
+        )
+    directory = pathlib.Path(data_dir).expanduser()
+    class_names, train, test = image_folder.read(directory, image_size)
+    return from_arrays('folder', class_names, *train, *test, flip=True, **held_out)
+
+
 def _digits(held_out: dict) -> Dataset:
     """The 1,797 handwritten 8×8 digits embedded in scikit-learn, as 32×32×3.
 
@@ -354,7 +378,7 @@ def _digits(held_out: dict) -> Dataset:
     from sklearn.datasets import load_digits
 
     digits = load_digits()
-    grey = np.rint(_resize(digits.images * (255 / 16), 32)).astype(np.uint8)
+    grey = np.rint(_resize(digits.images * (255 / 16), _SIZE)).astype(np.uint8)
     full = Split(np.repeat(grey[..., None], 3, axis=-1), digits.target.astype(np.int32))
     train, test = _split(full, _DIGITS_TEST_FRACTION, _DIGITS_TEST_SEED)
     return from_arrays(

@@ -71,6 +71,7 @@ FIELDS = {
     'batch_size': _integer(1),
     'dataset.name': _TEXT,
     'dataset.data_dir': _TEXT,
+    'dataset.image_size': _integer(1, 4096),
     'dataset.fallback': _TEXT,
     'dataset.validation_fraction': _number(0, 1, below=True),
     'dataset.split_seed': _integer(0, 2**32 - 1),

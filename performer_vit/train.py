@@ -62,13 +62,14 @@ def check(config) -> None:
                 )
     input_pipeline.check_batch_size(config.batch_size, jax.device_count())
     share = config.batch_size // jax.device_count()
-    augment.check(config.augment, (share, *datasets.IMAGE_SHAPE))
+    image_shape = (config.dataset.image_size, config.dataset.image_size, 3)
+    augment.check(config.augment, (share, *image_shape))
     optimizers.create(
         config.optimizer, optimizers.learning_rate(config.optimizer, 1, config.num_epochs)
     )
     # The model checks its own fields when it is traced; the number of classes does not matter.
     model = vit.from_config(config.model, num_classes=2, seed=config.seed)
-    images = jax.ShapeDtypeStruct((1, *datasets.IMAGE_SHAPE), jnp.float32)
+    images = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
     jax.eval_shape(model.init, jax.random.key(0), images)
 
 

@@ -639,7 +639,7 @@ def _with_nan():
         (dict(test_images=np.zeros((2, 5, 4, 3), np.uint8)), r'\(5, 4, 3\)'),
         (dict(labels=np.arange(20) // 19), '1 in the smallest class'),
         (dict(labels=np.arange(20) // 18), 'class 1 is in one part only'),
-        (dict(fraction=0.01), 'with a fraction of 0.01 held out'),
+        (dict(fraction=0.01), 'with dataset.validation_fraction 0.01 of them held out'),
         (dict(fraction=1.0), 'validation_fraction is 1.0'),
         (dict(fraction=float('nan')), 'validation_fraction is nan'),
     ],
@@ -652,7 +652,7 @@ def test_bad_arrays_are_refused(changes, says):
 
 def test_bad_arguments_are_refused_before_any_work(offline):
     """Would catch a download or a notice before the arguments are looked at."""
-    with pytest.raises(BadInput, match="'cifar11'.*'cifar10', 'cifar100', 'digits'"):
+    with pytest.raises(BadInput, match="'cifar11'.*'cifar10', 'cifar100', 'digits', 'folder'"):
         datasets.load('cifar11', notify=pytest.fail)
     with pytest.raises(BadInput, match="fallback is 'zeros'.*'digits', 'none'"):
         datasets.load('cifar10', fallback='zeros', notify=pytest.fail)
