@@ -16,7 +16,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import jax_utils
-from ml_collections import ConfigDict
 from sklearn.metrics import classification_report
 
 from performer_vit import (
@@ -509,20 +508,13 @@ def restore_run(workdir: str | os.PathLike) -> Finished:
     """
     workdir = Path(workdir).absolute()
     run_directory.check_writable(workdir)
-    values = run_directory.read_json(workdir / 'config.json')
+    config = run_directory.read_config(workdir)
     results = run_directory.read_json(workdir / 'results.json')
     if 'tested_step' not in results:
         raise BadInput(
             f'{workdir} holds a run that was scored on its validation split and has no tested '
             'state: give the --workdir of a run of --mode=train.'
         )
-    name = values.pop('dataset_read')
-    config = ConfigDict(values)
-    with config.unlocked():
-        # The data that the run was trained on, or none; where they lie may have changed.
-        config.dataset.update(name=name, fallback='none')
-        if not Path(config.dataset.data_dir).is_dir():
-            config.dataset.data_dir = ''
     dataset = datasets.load(**config.dataset)
     model = vit.from_config(config.model, dataset.num_classes, config.seed)
     tx = optimizers.create(config.optimizer, lambda step: 0.0)

@@ -13,10 +13,11 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
+from ml_collections import ConfigDict
 
 from performer_vit import files, locks
 from performer_vit.datasets import DATASETS
-from performer_vit.errors import BadInput
+from performer_vit.errors import BadInput, one_line
 
 HISTORY_COLUMNS = (
     'dataset', 'epoch', 'step', 'train_loss', 'train_accuracy', 'validation_loss',
@@ -206,6 +207,29 @@ def claim(workdir: str | os.PathLike, config: Mapping, dataset_read: str) -> pat
             'continue it.'
         )
     return workdir
+
+
+def read_config(workdir: str | os.PathLike) -> ConfigDict:
+    """The config of the run in a directory, on the data that it read, or none.
+
+    Raises:
+      BadInput: there is no config.json of a run.
+    """
+    values = read_json(pathlib.Path(workdir) / 'config.json')
+    try:
+        name, data_dir = values.pop('dataset_read'), values['dataset']['data_dir']
+        grids = values['model']['stem_channels']
+    except (AttributeError, KeyError, TypeError) as error:
+        raise BadInput(
+            f'{workdir}/config.json is not the config of a training ({one_line(error)}): give the '
+            '--workdir of one.'
+        ) from error
+    values['dataset'] |= {'name': name, 'fallback': 'none'}
+    if not pathlib.Path(data_dir).is_dir():  # Where the data lie may have changed.
+        values['dataset']['data_dir'] = ''
+    # JSON has no tuples, which command lines set.
+    values['model']['stem_channels'] = tuple(map(tuple, grids))
+    return ConfigDict(values)
 
 
 def differences(theirs: Mapping, ours: Mapping) -> list[str]:

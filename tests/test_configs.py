@@ -48,7 +48,7 @@ def test_an_unknown_argument_is_refused(arguments):
 @pytest.mark.parametrize('path', sorted((ROOT / 'configs').glob('[!_b]*.py')), ids=lambda p: p.stem)
 def test_docstrings_hold_the_command(path: pathlib.Path):
     assert f'python run.py --config=configs/{path.name}' in path.read_text()
-    assert path.stem in KERNELS
+    assert path.stem in (*KERNELS, 'rerun')
 
 
 @pytest.mark.parametrize('size', base.SIZES)
@@ -58,3 +58,35 @@ def test_every_size_of_every_model_is_accepted(name, size):
     config = load_config(name, f'cifar10,{size}')
     train.check(config)
     assert config != load_config(name, 'cifar10')
+
+
+def test_a_config_comes_back_from_its_run(tmp_path):
+    """The same fields, types included, on the data that were read; config.json is enough."""
+    config = load_config('performer_exp', 'study')
+    config.dataset.data_dir = '/nowhere/any/more'
+    workdir.claim(tmp_path, config.to_dict(), 'digits')
+    again = load_config('rerun', str(tmp_path))
+    config.dataset.update(name='digits', fallback='none', data_dir='')
+    assert again == config
+    train.check(again)
+
+
+@pytest.mark.parametrize(
+    'content, says',
+    [
+        (None, 'config.json does not exist'),
+        ('{', 'not valid JSON'),
+        ('{"seed": 0}', 'not the config of a training'),
+        ('[]', 'not the config of a training'),
+    ],
+)
+def test_what_is_no_config_of_a_run_is_refused(tmp_path, content, says):
+    if content is not None:
+        (tmp_path / 'config.json').write_text(content)
+    with pytest.raises(ValueError, match=says):
+        load_config('rerun', str(tmp_path))
+
+
+def test_a_run_must_be_named():
+    with pytest.raises(ValueError, match='name the run'):
+        load_config('rerun')
