@@ -38,8 +38,8 @@ def test_a_config_file_alone_reproduces_a_run(tmp_path):
     run(tmp_path / 'third', 1, *chaos.FLAGS, '--config.seed=1')
     assert list(chaos.differences(tmp_path / 'third', tmp_path / 'first'))
 
-    # On two devices it is the same training: what differs is the order of sums, at first in the last
-    # bit, and what Muon makes of that in the 60 steps of this run.
+    # On two devices it is the same training: what differs is the order of sums, at first in the
+    # last bit, and what Muon makes of that in the 60 steps of this run.
     run(tmp_path / 'fourth', 2, *chaos.FLAGS)
     one, two = (
         workdir.read_history(tmp_path / name / 'history.csv') for name in ('first', 'fourth')

@@ -82,5 +82,6 @@ def test_nothing_grows(tmp_path):
     # their own. One thread more for every checkpoint would be hundreds.
     assert late['threads'] <= early['threads'] + 4
     assert len(programs) == compiled > 2, programs[compiled:]
-    again = [program for program, count in collections.Counter(programs).items() if count > 1]
-    assert not again
+    # The log does not tell the shapes that arrays are filled to.
+    told = collections.Counter(name for name in programs if 'broadcast_in_dim' not in name)
+    assert len(told) > 2 and set(told.values()) == {1}, told
