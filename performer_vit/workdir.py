@@ -42,9 +42,24 @@ def write_arrays(path: str | os.PathLike, arrays: Mapping[str, np.ndarray]) -> N
 
 
 def read_arrays(path: str | os.PathLike) -> dict[str, np.ndarray]:
-    """Reads the arrays of a file that `write_arrays` wrote."""
-    with np.load(path) as saved:
-        return dict(saved)
+    """Reads the arrays of a file that `write_arrays` wrote.
+
+    What NumPy would unpickle, and so run, is refused: the file may be a stranger's.
+
+    Raises:
+      BadInput: the file is damaged, or has something else than arrays of numbers and texts.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as saved:
+            return dict(saved)
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # Of any kind: anything may come of a damaged file.
+        raise BadInput(
+            f'{path} is damaged, or no .npz file of arrays without Python objects '
+            f'({one_line(error)}): restore it, or let --mode=evaluate or --mode=inspect write it '
+            'again.'
+        ) from error
 
 
 def _write_bytes(path: str | os.PathLike, content: bytes) -> None:

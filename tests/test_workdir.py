@@ -1,5 +1,9 @@
 """The small files of a run, and whose a workdir is."""
 
+import pathlib
+import pickle
+
+import numpy as np
 import pytest
 
 from performer_vit import workdir
@@ -67,6 +71,59 @@ def test_broken_files_are_named(tmp_path):
     (tmp_path / 'config.json').write_text('{"a":')
     with pytest.raises(BadInput, match=r'config.json is not valid JSON'):
         workdir.read_json(tmp_path / 'config.json')
+
+
+class Runs:
+    """What a pickle would run when it is read."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return pathlib.Path.touch, (self.path,)
+
+
+def save_objects(path, ran):
+    np.savez(path, labels=np.array([Runs(ran)], object))
+
+
+def save_a_pickle(path, ran):
+    path.write_bytes(pickle.dumps(Runs(ran)))
+
+
+def save_one_array_of_objects(path, ran):
+    with open(path, 'wb') as file:
+        np.save(file, np.array([Runs(ran)], object), allow_pickle=True)
+
+
+def cut_short(path, ran):
+    workdir.write_arrays(path, {'labels': np.arange(1000)})
+    path.write_bytes(path.read_bytes()[:-30])
+
+
+def flip_a_bit(path, ran):
+    np.savez(path, labels=np.arange(1000))
+    content = bytearray(path.read_bytes())
+    content[2000] ^= 4
+    path.write_bytes(content)
+
+
+def leave_empty(path, ran):
+    path.write_bytes(b'')
+
+
+@pytest.mark.parametrize(
+    'save',
+    [
+        save_objects, save_a_pickle, save_one_array_of_objects, cut_short, flip_a_bit, leave_empty,
+    ],
+)  # fmt: skip
+def test_arrays_of_a_stranger_run_nothing(tmp_path, save):
+    """Catches a reader that unpickles, and tracebacks for files that are damaged."""
+    save(tmp_path / 'a.npz', tmp_path / 'ran')
+    with pytest.raises(BadInput, match='a.npz is damaged, or no .npz file of arrays without'):
+        workdir.read_arrays(tmp_path / 'a.npz')
+    assert not (tmp_path / 'ran').exists()
 
 
 def test_run_names_are_readable_and_safe():
