@@ -27,8 +27,8 @@ from performer_vit.errors import BadInput
 from tests.conftest import make_tiny_config
 
 CASES = 4000
-TRACED = 80  # Of those that are accepted, so many are traced, which takes half a second each…
-TRAINED = 20  # …and so many do a step, which takes several.
+TRACED = 40  # Of those that are accepted, so many are traced, which takes half a second each…
+TRAINED = 16  # …and so many do a step, which takes several.
 
 WRONG = [
     None, True, False, '', 'x', 'NaN', '1', '\0', '💥' * 5000, b'relu', (), (1,), [[]], {},

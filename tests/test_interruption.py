@@ -12,6 +12,15 @@ from performer_vit import interruption
 from tests.conftest import ROOT
 
 
+@pytest.fixture
+def interruptible():
+    """As in a terminal, also where these tests run in the background and SIGINT is ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures('interruptible')
 @pytest.mark.parametrize('number', interruption.SIGNALS)
 def test_the_first_signal_is_remembered(number):
     """Nothing is interrupted, and the handlers are those from before afterwards."""
@@ -73,8 +82,9 @@ def test_other_threads_may_train():
 @pytest.mark.parametrize('numbers', [(15, 15), (15, 2), (2, 15), (2, 2)])
 def test_the_second_signal_ends_the_process(numbers):
     code = f"""
-import os
+import os, signal
 from performer_vit import interruption
+signal.signal(signal.SIGINT, signal.default_int_handler)
 with interruption.deferred() as asked:
     os.kill(os.getpid(), {numbers[0]})
     print(asked(), flush=True)
