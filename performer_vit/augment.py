@@ -33,12 +33,12 @@ def check(options, shape: tuple[int, int, int, int]) -> None:
     if not 0 <= options.crop_padding < shortest:
         raise BadInput(
             f'augment.crop_padding is {options.crop_padding}; a reflection is smaller than the '
-            f'image: set it to a number from 0 to below {shortest}.'
+            f'image: set it to a number from 0 to below {shortest}, or dataset.image_size higher.'
         )
     if not 0 <= options.cutout < shortest:
         raise BadInput(
             f'augment.cutout is {options.cutout}; the square is smaller than the image: set it to '
-            f'a number from 0 to below {shortest}.'
+            f'a number from 0 to below {shortest}, or dataset.image_size higher.'
         )
     for field in ('mixup', 'cutmix'):
         # Far beyond these, draws of a Beta distribution leave the range of float32.

@@ -462,14 +462,16 @@ class VisionTransformer(nn.Module):
         if shape[1] % self.patch_size or shape[2] % self.patch_size:
             raise BadInput(
                 f'images of {shape[1]}×{shape[2]} pixels are not divisible by model.patch_size '
-                f'{self.patch_size}: choose a patch size that divides both sides.'
+                f'{self.patch_size}: choose a patch size that divides both sides, or another '
+                'dataset.image_size.'
             )
         height, width = (side // self.patch_size for side in shape[1:3])
         if self.pooling == 'conv' and (height % 2 or width % 2):
             raise BadInput(
                 f"model.pooling 'conv' halves the grid of the tokens, which is {height}×{width} "
                 f'for images of {shape[1]}×{shape[2]} pixels and model.patch_size '
-                f"{self.patch_size}: choose another patch size, or 'gap', 'cls' or 'map'."
+                f"{self.patch_size}: choose another patch size or dataset.image_size, or 'gap', 'cls' "
+                "or 'map'."
             )
         if self.stem == 'conv':
             grids = self.stem_channels

@@ -712,6 +712,8 @@ def hyperparameters(directory):
             name: getattr(value, value.WhichOneof('kind')) for name, value in group.hparams.items()
         }
         sessions.append({'name': session.name, **values, **hparams})
+    # TensorBoard has them in the order in which the file system lists their directories.
+    sessions.sort(key=lambda session: session['name'])
     return [info.name for info in experiment.hparam_infos if info.differs], sessions
 
 
