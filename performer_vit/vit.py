@@ -470,7 +470,7 @@ class VisionTransformer(nn.Module):
             raise BadInput(
                 f"model.pooling 'conv' halves the grid of the tokens, which is {height}×{width} "
                 f'for images of {shape[1]}×{shape[2]} pixels and model.patch_size '
-                f'{self.patch_size}: choose another patch size or dataset.image_size, or the pooling '
+                f'{self.patch_size}: choose another patch size or dataset.image_size, or pooling '
                 "'gap', 'cls' or 'map'."
             )
         if self.stem == 'conv':
