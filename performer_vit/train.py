@@ -190,8 +190,10 @@ def prepare(config, dataset: datasets.Dataset) -> Training:
             f'max_skipped_steps is {config.max_skipped_steps} and an epoch has {steps_per_epoch} '
             'steps: set it lower, so that each epoch has steps that count.'
         )
-    for field in ('num_epochs', 'optimizer.decay_epochs'):
-        epochs = run_directory.flatten(config.to_dict())[field]
+    lengths = {
+        'num_epochs': config.num_epochs, 'optimizer.decay_epochs': config.optimizer.decay_epochs
+    }  # fmt: skip
+    for field, epochs in lengths.items():
         if epochs * steps_per_epoch >= 2**31:
             raise BadInput(
                 f'{field} is {epochs}, of {steps_per_epoch:,} steps each; allowed are less than '

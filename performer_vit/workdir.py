@@ -240,7 +240,8 @@ def read_config(workdir: str | os.PathLike) -> ConfigDict:
             '--workdir of one.'
         ) from error
     values['dataset'] |= {'name': name, 'fallback': 'none'}
-    if not pathlib.Path(data_dir).is_dir():  # Where the data lie may have changed.
+    # Where TFDS has the data may have changed; a folder that is gone is to be named.
+    if name != 'folder' and not pathlib.Path(data_dir).is_dir():
         values['dataset']['data_dir'] = ''
     # JSON has no tuples, which command lines set.
     values['model']['stem_channels'] = tuple(map(tuple, grids))

@@ -166,8 +166,8 @@ def test_what_is_refused_is_refused_by_name():
             wrong.append(told(changes, error))
         else:
             accepted.append(changes)
-        if len(accepted) % 50 == 49:
-            jax.clear_caches()  # JAX keeps what it traced: gigabytes, of so many models.
+            if len(accepted) % 50 == 0:
+                jax.clear_caches()  # JAX keeps what it traced: gigabytes, of so many models.
     wrong = [text for text in wrong if text]
     assert not wrong, f'{len(wrong)} of {len(refused)}:\n' + '\n'.join(wrong[:20])
     # Both outcomes are common, and each field had both: else the test would say little.

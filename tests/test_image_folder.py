@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
-from performer_vit import datasets, image_folder, train
+from performer_vit import datasets, image_folder, train, workdir
 from performer_vit.errors import BadInput
 from tests.conftest import make_tiny_config
 
@@ -239,7 +239,7 @@ def test_load_checks_what_belongs_to_folders():
         datasets.load('folder', data_dir='/nowhere')
 
 
-def test_a_folder_trains(folder, tmp_path):
+def test_a_folder_trains(folder, tmp_path_factory):
     """By the same command as any other data set, and with images of another size."""
     config = make_tiny_config()
     config.dataset.update(name='folder', data_dir=str(folder), image_size=16)
@@ -247,6 +247,11 @@ def test_a_folder_trains(folder, tmp_path):
     config.batch_size = 8
     config.num_epochs = 1
     config.optimizer.warmup_epochs = 0.0
-    results = train.train(config, tmp_path / 'run')
+    directory = tmp_path_factory.mktemp('run')
+    results = train.train(config, directory)
     assert results['dataset'] == 'folder' and results['num_tokens'] == 4
     assert results['history'][0]['step'] == 1 and 0 <= results['test_accuracy'] <= 1
+    # Tested again once the images are gone, the run says where it looks for them.
+    (folder / 'train').rename(folder / 'moved')
+    with pytest.raises(BadInput, match=f'{folder}/train is not a directory'):
+        datasets.load(**workdir.read_config(directory).dataset)
