@@ -1,12 +1,13 @@
 """Trains, evaluates, compares: python run.py --config=configs/performer_relu.py [--mode=train]."""
 
+import importlib
 import signal
 import sys
 
 from absl import app, flags
 from ml_collections import config_flags
 
-from performer_vit import cluster, cpu_backend, files, interruption
+from performer_vit import cluster, cpu_backend, files, interruption, workdir
 from performer_vit.command_line import fail, parse, quiet_libraries
 from performer_vit.errors import BadInput, one_line
 
@@ -34,6 +35,16 @@ _MODES = {
     'ablate': 'train a config and changes of it, one at a time, see configs/ablations/',
     'sweep': 'search for hyperparameters, see configs/sweeps/',
 }
+# The module and the function that do it.
+_ACTIONS = {
+    'train': ('train', 'train'),
+    'evaluate': ('evaluate', 'evaluate_run'),
+    'inspect': ('inspection', 'inspect_run'),
+    'crossval': ('crossval', 'cross_validate'),
+    'compare': ('variants', 'compare'),
+    'ablate': ('variants', 'ablate'),
+    'sweep': ('sweep', 'sweep'),
+}
 _READING = ('evaluate', 'inspect')
 # Modes whose configs have a section of that name, and where such configs are.
 _SECTIONS = {
@@ -58,26 +69,18 @@ def _main(argv: list[str]) -> None:
             fail(error)
     # Outside of training, SIGTERM interrupts as SIGINT does.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    # Orbax, scikit-learn and matplotlib take seconds to import; a mistyped flag should not.
-    from performer_vit import crossval, evaluate, inspection, sweep, train, variants, workdir
-
-    actions = {
-        'train': train.train,
-        'evaluate': evaluate.evaluate_run,
-        'inspect': inspection.inspect_run,
-        'crossval': crossval.cross_validate,
-        'compare': variants.compare,
-        'ablate': variants.ablate,
-        'sweep': sweep.sweep,
-    }
+    # Orbax, scikit-learn and Optuna take seconds to import; a mistyped flag should not, nor should
+    # one mode pay for another's.
+    module, function = _ACTIONS[mode]
+    action = getattr(importlib.import_module(f'performer_vit.{module}'), function)
     try:
         if mode in _READING:
-            actions[mode](_WORKDIR.value)
+            action(_WORKDIR.value)
             return
         path, _, arguments = config_flags.get_config_filename(config_flag).partition(':')
         overrides = config_flags.get_override_values(config_flag)
         name = workdir.run_name(path, arguments, overrides)
-        actions[mode](_CONFIG.value, _WORKDIR.value, name)
+        action(_CONFIG.value, _WORKDIR.value, name)
     except (BadInput, FloatingPointError) as error:
         fail(error)
     except Exception as error:

@@ -26,7 +26,7 @@ from performer_vit import space as search_space
 from performer_vit import workdir as run_directory
 from performer_vit.errors import BadInput, choose
 from performer_vit.space import Space
-from performer_vit.trials import PRUNERS, Trial, Trials
+from performer_vit.trials import PRUNERS, Trial, Trials, without_password
 
 _FIELDS = (
     'space', 'conditions', 'sampler', 'pruner', 'num_trials', 'minutes', 'num_folds', 'seed',
@@ -56,7 +56,8 @@ def sweep(config, workdir: str | os.PathLike | None = None, run_name: str = 'run
         `minutes`: after so many of training a process starts no further trial, and finishes the one
         that it works on; 0: no limit;
         `num_folds`: of a cross-validation, whose mean is a trial's value; 0: the validation split;
-        `storage`: the URL of a database, '' for a file in the workdir.
+        `storage`: the URL of a database, '' for a file in the workdir; a password in it is used and
+        written nowhere.
       workdir: the directory of the sweep; default `runs/<data set>/<run_name>-sweep`.
       run_name: what the run is called in that default.
 
@@ -112,7 +113,9 @@ def sweep(config, workdir: str | os.PathLike | None = None, run_name: str = 'run
     directory = pathlib.Path(workdir or run_directory.default_workdir(name, dataset.name))
     if not (directory / 'config.json').exists():
         propose([])  # Where nothing can be tried, before there is a directory.
-    directory = run_directory.claim(directory, {**config.to_dict(), 'mode': 'sweep'}, dataset.name)
+    told = {**config.to_dict(), 'mode': 'sweep'}
+    told['sweep'] |= {'storage': without_password(section.storage)}
+    directory = run_directory.claim(directory, told, dataset.name)
     definition = run_directory.read_json(directory / 'config.json')
     trials = Trials(directory, section.storage, section.pruner, definition)
     _work(trials, section, space, base, dataset, propose)

@@ -15,7 +15,8 @@ from typing import IO
 import optuna
 from optuna.distributions import BaseDistribution
 from optuna.trial import FrozenTrial, TrialState
-from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.engine import make_url
+from sqlalchemy.exc import ArgumentError, SQLAlchemyError
 
 from performer_vit import environment, locks
 from performer_vit import workdir as run_directory
@@ -44,6 +45,14 @@ def make_pruner(pruner: str) -> optuna.pruners.BasePruner:
         # Not Optuna's automatic first step, which an interrupted sweep might find another one for.
         'successive_halving': lambda: optuna.pruners.SuccessiveHalvingPruner(min_resource=1),
     }[pruner]()
+
+
+def without_password(storage: str) -> str:
+    """The URL of a database as files and messages may have it."""
+    try:
+        return make_url(storage).render_as_string(hide_password=True) if storage else storage
+    except ArgumentError:  # No URL, as the database will say.
+        return storage
 
 
 class Trial:
@@ -123,12 +132,13 @@ class Trials:
 
     def __init__(self, workdir: pathlib.Path, storage: str, pruner: str, definition: Mapping):
         self.workdir = workdir
+        told = repr(without_password(storage))
         with self.alone():
             try:
                 self._study = _open(workdir, storage, pruner)
             except (SQLAlchemyError, optuna.exceptions.OptunaError, ImportError) as error:
                 raise BadInput(
-                    f'sweep.storage is {storage!r}, a database that cannot be used: {error}. Give '
+                    f'sweep.storage is {told}, a database that cannot be used: {error}. Give '
                     "the URL of one that can, such as sqlite:////DIR/FILE, or '' for a file in the "
                     'workdir.'
                 ) from error
@@ -137,7 +147,7 @@ class Trials:
                 self._study.set_user_attr('definition', definition)
             elif lines := run_directory.differences(theirs, definition):
                 raise BadInput(
-                    f'sweep.storage is {storage!r}, whose study {self._study.study_name} searches '
+                    f'sweep.storage is {told}, whose study {self._study.study_name} searches '
                     'something else:\n' + '\n'.join(lines) + '\nGive this sweep another --workdir='
                     'DIR or another sweep.storage, or repeat the config of that one to continue it.'
                 )

@@ -128,14 +128,15 @@ def default_workdir(run_name: str, dataset_name: str) -> pathlib.Path:
 def run_name(config_path: str, arguments: str, overrides: Mapping[str, object]) -> str:
     """A readable name from what was typed: `performer_relu-num_epochs=3`.
 
-    The data set is left out: `default_workdir` names the one that was really read.
+    The data set is left out: `default_workdir` names the one that was really read. So is a
+    database, which may have a password.
     """
     words = [word.strip() for word in arguments.split(',')]
     words = [word for word in words if word and word not in DATASETS]
     changes = [
         f'{field}={value}'
         for field, value in sorted(overrides.items())
-        if field not in (*_FREE, 'dataset.name')
+        if field not in (*_FREE, 'dataset.name', 'sweep.storage')
     ]
     return directory_name('-'.join([pathlib.Path(config_path).stem, *words, *changes]))
 

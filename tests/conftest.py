@@ -1,9 +1,12 @@
 """Four virtual CPU devices for every test, and a small run to test the loop with."""
 
+import atexit
 import importlib.util
 import os
 import pathlib
+import shutil
 import sys
+import tempfile
 
 # Before JAX is imported anywhere.
 os.environ['JAX_PLATFORMS'] = 'cpu'
@@ -13,6 +16,13 @@ os.environ['XLA_FLAGS'] = ' '.join([
     '--xla_force_host_platform_device_count=4',
     '--xla_backend_optimization_level=0',
 ])  # fmt: skip
+# And no program need be compiled twice by the processes of one session: workers, and the commands
+# that tests start. Where it is set already, this is a worker, or the user has one.
+if 'JAX_COMPILATION_CACHE_DIR' not in os.environ:
+    cache = tempfile.mkdtemp(prefix='performer_vit-programs-')
+    atexit.register(shutil.rmtree, cache, ignore_errors=True)
+    os.environ['JAX_COMPILATION_CACHE_DIR'] = cache
+    os.environ['JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'] = '0.1'
 os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')
 
 import pytest  # noqa: E402

@@ -407,6 +407,19 @@ def test_bad_input_is_refused_before_any_training(tmp_path, trainer, fields, mes
     assert not trainer.epochs
 
 
+def test_a_password_is_written_nowhere(tmp_path, trainer):
+    """Catches one in config.json, in the name of the directory, and in a message."""
+    url = 'nosuch://me:secret@host/studies'
+    with pytest.raises(BadInput, match=r"sweep\.storage is 'nosuch://me:\*\*\*@host") as error:
+        sweep.sweep(config_of(storage=url), tmp_path)
+    assert 'secret' not in str(error.value)
+    written = [path.read_text() for path in tmp_path.rglob('*') if path.is_file()]
+    assert any('me:***@host' in text for text in written)
+    assert not any('secret' in text for text in written)
+    assert workdir.run_name('configs/sweeps/vit.py', '', {'sweep.storage': url}) == 'vit'
+    assert trials.without_password('no URL') == 'no URL'
+
+
 def test_a_missing_field_and_a_fold_of_its_own(tmp_path, trainer):
     config = config_of()
     del config.sweep['pruner']
