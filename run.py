@@ -88,11 +88,11 @@ def _main(argv: list[str]) -> None:
         if reason is None:
             raise
         fail(
-            f'a file cannot be written ({reason}): make room where the run writes. The same '
-            f'command goes on from what is saved. It was: {one_line(error)}'
+            f'a file cannot be written ({reason}): make room where the run writes, or make it '
+            f'writable. The same command goes on from what is saved. It was: {one_line(error)}'
         )
     except KeyboardInterrupt as error:
-        print(f'{error or "Interrupted."} The same command goes on.', file=sys.stderr)
+        print(f'{str(error) or "Interrupted."} The same command goes on.', file=sys.stderr)
         sys.exit(interruption.EXIT_CODE)
 
 

@@ -363,9 +363,21 @@ def _check_flags(name: str) -> None:
             )
     if 'config' in own and not flags.FLAGS['config'].present:
         raise BadInput('--config is missing; an example is --config=configs/performer_relu.py')
-    path = pathlib.Path(_JSON.value or '.')
+    if _JSON.value is None:
+        return
+    path = pathlib.Path(_JSON.value)
     if not path.absolute().parent.is_dir():
         raise BadInput(f'the directory of --json={path} does not exist; make it first.')
+    if path.is_dir():
+        raise BadInput(f'--json={path} is a directory; give a file, such as {path / "FILE.json"}.')
+    try:
+        with tempfile.TemporaryFile(dir=path.absolute().parent):
+            pass
+    except OSError as error:
+        raise BadInput(
+            f'nothing can be written beside --json={path} ({error.strerror or error}): give '
+            'another directory, or change its permissions.'
+        ) from error
     if path.suffix == '.png':
         raise BadInput(f'--json={path} is the name of a figure; give one that ends in .json.')
 

@@ -412,7 +412,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if directory.exists():
         parser.error(f'{directory} exists already: give a new directory')
     directory.mkdir(parents=True)
-    whole = undisturbed_run(directory)
+    try:
+        whole = undisturbed_run(directory)
+    except LostError as error:
+        parser.error(f'the training does not even go undisturbed: {error}')
     lost = {name: [] for name in FAULTS}
     tries = [
         (name, number)

@@ -1,10 +1,14 @@
 """Parsing the flags of a command, how it says that they are wrong, and what it leaves unsaid."""
 
 import os
+import re
 import sys
+import traceback
 from typing import NoReturn
 
 from absl import flags, logging
+
+from performer_vit.errors import one_line
 
 
 def parse(argv: list[str]) -> list[str]:
@@ -19,14 +23,30 @@ def parse(argv: list[str]) -> list[str]:
             _ = flags.FLAGS.config.seed  # A file that cannot be loaded is reported only here.
         return rest
     except flags.Error as error:
-        # ml_collections puts the traceback of a config into its message; the last line tells why.
+        # ml_collections puts the traceback of a config into its message; the last line tells why,
+        # behind the kind of the error.
         reason = str(error).strip()
-        fail(reason.splitlines()[-1] if 'Traceback' in reason else reason)
+        if 'Traceback' in reason:
+            reason = re.sub(r'^[\w.]+: ', '', reason.splitlines()[-1])
+        fail(reason)
     except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
-        reason = str(error).strip('\'"').replace('\\n', '\n').replace("\\'", "'")
+        reason = str(error).replace('\\n', '\n').replace("\\'", "'").strip('\'"')
+        name, _, hint = reason.partition('\n')
+        name = name.strip("'")
+        if name.isidentifier():
+            reason = f'there is no field {name!r} there. {hint}'.strip()
+        elif 'get_config' in reason or 'NoneType' in reason:
+            reason = (
+                'the file has no function get_config that returns a config; see configs/vit.py.'
+            )
         fail(f'--config: {reason}\nconfigs/base.py lists every field with its default.')
     except OSError as error:
         fail(f'--config cannot be loaded: {str(error).splitlines()[-1].strip()}')
+    except Exception as error:  # Of any kind: the file is the user's.
+        where = traceback.extract_tb(error.__traceback__)[-1]
+        # The text of a syntax error says where it is.
+        place = f' ({where.filename}, line {where.lineno})' * (not isinstance(error, SyntaxError))
+        fail(f'--config cannot be loaded: {one_line(error)}{place}')
 
 
 def fail(reason: object) -> NoReturn:

@@ -33,8 +33,9 @@ def check_one_factor(rows: Sequence[Mapping]) -> None:
             for field in sorted({*first, *other})
             if first.get(field) != other.get(field) and not field.startswith(_FREE)
         ]
-        if different or row['dataset'] != rows[0]['dataset']:
-            different += [row['dataset']] if row['dataset'] != rows[0]['dataset'] else []
+        if row['dataset'] != rows[0]['dataset']:
+            different.append(f'the data ({rows[0]["dataset"]} and {row["dataset"]})')
+        if different:
             raise BadInput(
                 f'a run with kernel {row["kernel"]!r} and seed {row["seed"]} is no part of this '
                 f'comparison, whose runs differ in the attention and the seed alone; here also '

@@ -51,10 +51,11 @@ def cross_validate(config, workdir: str | os.PathLike | None = None, run_name: s
         )
     num_folds = config.dataset.num_folds
     config = fold_config(config, -1)
-    train.check_scored(config)
+    train.check_scored(fold_config(config, 0))
     name = f'{run_name}-crossval'
     run_directory.check_writable(workdir or run_directory.default_workdir(name, ''))
     dataset = load_fold(fold_config(config, 0))
+    train.steps_per_epoch(config, len(dataset.train))
     workdir = run_directory.claim(
         workdir or run_directory.default_workdir(name, dataset.name),
         {**config.to_dict(), 'mode': 'crossval'},
@@ -110,10 +111,7 @@ def _report(
         'validation_accuracy', 'validation_loss', 'epochs', 'train_images', 'images_per_second',
         'train_seconds_per_epoch', 'history',
     )  # fmt: skip
-    predictions = [
-        run_directory.read_arrays(workdir / f'fold_{fold}' / 'validation_predictions.npz')
-        for fold in range(len(folds))
-    ]
+    predictions = [_read_predictions(workdir / f'fold_{fold}') for fold in range(len(folds))]
     labels, log_probabilities = (
         np.concatenate([arrays[name] for arrays in predictions])
         for name in ('labels', 'log_probabilities')
@@ -151,6 +149,17 @@ def _report(
     run_directory.write_text(workdir / 'table.csv', typeset.comma_separated(numbers))
     run_directory.write_json(workdir / 'results.json', results)
     return results
+
+
+def _read_predictions(workdir: pathlib.Path) -> dict[str, np.ndarray]:
+    try:
+        return run_directory.read_arrays(workdir / 'validation_predictions.npz')
+    except (BadInput, FileNotFoundError) as error:
+        raise BadInput(
+            f'{workdir}/validation_predictions.npz is missing or damaged: restore it, or remove '
+            'the results.json beside it and give the same command again, which scores that fold '
+            'anew.'
+        ) from error
 
 
 def _title(results: Mapping) -> str:

@@ -317,11 +317,13 @@ def _hold_out_fold(full: Split, num_folds: int, fold: int, seed: int) -> tuple[S
     from sklearn.model_selection import StratifiedKFold
 
     classes, counts = np.unique(full.labels, return_counts=True)
-    if counts.min() < num_folds:
+    least = int(counts.min())
+    if least < num_folds:
+        allowed = f'set dataset.num_folds to a number from 2 to {least}, or ' * (least > 1)
         raise BadInput(
-            f'dataset.num_folds is {num_folds}, but class {classes[counts.argmin()]} has only '
-            f'{counts.min()} training images, and each fold needs one of each class: set '
-            f'dataset.num_folds to {counts.min()} or less, or give more images.'
+            f'dataset.num_folds is {num_folds}, but each fold needs an image of each class, and '
+            f'class number {classes[counts.argmin()]}, counted from 0, has {least} for training: '
+            f'{allowed}give more images.'
         )
     splitter = StratifiedKFold(num_folds, shuffle=True, random_state=seed)
     folds = list(splitter.split(np.zeros(len(full)), full.labels))
@@ -363,8 +365,13 @@ def _folder(data_dir: str | os.PathLike | None, image_size: int, held_out: dict)
             "dataset.name is 'folder', and dataset.data_dir is empty: set it to the directory that "
             'holds train/CLASS/IMAGE and test/CLASS/IMAGE.'
         )
-    directory = pathlib.Path(data_dir).expanduser()
-    class_names, train, test = image_folder.read(directory, image_size)
+    try:
+        class_names, train, test = image_folder.read(_expanded(data_dir), image_size)
+    except (OSError, RuntimeError) as error:  # The latter of links in a circle.
+        raise BadInput(
+            f'dataset.data_dir is {data_dir}, in which not all can be read ({one_line(error)}): '
+            'repair it, change its permissions, or name another directory.'
+        ) from error
     return from_arrays('folder', class_names, *train, *test, flip=True, **held_out)
 
 
@@ -406,7 +413,17 @@ def _resize(images: np.ndarray, size: int) -> np.ndarray:
 
 def _named_directory(data_dir: str | os.PathLike | None) -> pathlib.Path | None:
     named = data_dir or os.environ.get('TFDS_DATA_DIR')
-    return pathlib.Path(named).expanduser() if named else None
+    return _expanded(named) if named else None
+
+
+def _expanded(directory: str | os.PathLike) -> pathlib.Path:
+    try:
+        return pathlib.Path(directory).expanduser()
+    except RuntimeError as error:
+        raise BadInput(
+            f'{directory} begins with a home directory that there is not ({one_line(error)}): give '
+            'the whole path.'
+        ) from error
 
 
 def _default_directory() -> pathlib.Path:
@@ -420,10 +437,17 @@ def _prepared_directory(name: str, data_dir: str | os.PathLike | None) -> pathli
     """
     named = _named_directory(data_dir)
     root = named or _default_directory()
-    if found := _newest_version(root / name):
+    source = 'dataset.data_dir' if data_dir else 'the environment variable TFDS_DATA_DIR'
+    try:
+        found = _newest_version(root / name)
+    except OSError as error:
+        raise BadInput(
+            f'{root}{f", named by {source}," * bool(named)} cannot be read ({one_line(error)}): '
+            'change its permissions, or name another directory by dataset.data_dir.'
+        ) from error
+    if found:
         return found
     if named:
-        source = 'dataset.data_dir' if data_dir else 'the environment variable TFDS_DATA_DIR'
         state = 'is not a directory' if not root.is_dir() else f'has no {name} prepared by TFDS'
         raise BadInput(
             f'{root}, named by {source}, {state}: no {root / name}/VERSION/dataset_info.json was '

@@ -1,6 +1,7 @@
 """The one error that a user's input can raise."""
 
 import textwrap
+from collections.abc import Iterable
 
 
 class BadInput(ValueError):
@@ -25,6 +26,12 @@ def shown(value: object) -> str:
     except ValueError:  # Python does not write out integers of thousands of digits.
         return f'a large {type(value).__name__}'
     return text if len(text) <= 200 else f'{text[:197]} …'
+
+
+def unlike(unknown: Iterable[str], missing: Iterable[str]) -> str:
+    """What a section with other fields than it should have, has and lacks: a part of a message."""
+    parts = {'has the unknown fields': sorted(unknown), 'lacks': sorted(missing)}
+    return ' and '.join(f'{what} {", ".join(names)}' for what, names in parts.items() if names)
 
 
 def one_line(error: Exception) -> str:

@@ -23,6 +23,7 @@ from performer_vit import (
     datasets,
     environment,
     favor,
+    fields,
     figures,
     optimizers,
     predict,
@@ -321,11 +322,11 @@ def write_report(
 
     workdir = Path(workdir)
     workdir.mkdir(parents=True, exist_ok=True)
+    history = figures.read_history(workdir)  # Before anything is overwritten: it may be damaged.
     run_directory.write_text(workdir / 'classification_report.txt', text)
     run_directory.write_arrays(workdir / 'test_predictions.npz', predictions)
     if learnt is not None:
         run_directory.write_arrays(workdir / 'learnt_kernel.npz', learnt)
-    history = figures.read_history(workdir)
     drawn = figures.draw(
         results, history, np.asarray(log_probabilities), np.asarray(labels), learnt
     )
@@ -509,11 +510,18 @@ def restore_run(workdir: str | os.PathLike) -> Finished:
     workdir = Path(workdir).absolute()
     run_directory.check_writable(workdir)
     config = run_directory.read_config(workdir)
+    fields.check(run_directory.flatten(config.to_dict()))
+    if not (workdir / 'results.json').exists():
+        raise BadInput(
+            f'{workdir}/results.json does not exist: the run there is not finished. Give the '
+            'command that started it once more, or the --workdir of a finished run.'
+        )
     results = run_directory.read_json(workdir / 'results.json')
     if 'tested_step' not in results:
         raise BadInput(
-            f'{workdir} holds a run that was scored on its validation split and has no tested '
-            'state: give the --workdir of a run of --mode=train.'
+            f'{workdir}/results.json has no tested state: it is that of a fold, a trial or an '
+            'ablation, which validation images score, or damaged. Give the --workdir of a run of '
+            '--mode=train; those of a comparison are in VARIANT/seed_S.'
         )
     dataset = datasets.load(**config.dataset)
     model = vit.from_config(config.model, dataset.num_classes, config.seed)

@@ -616,11 +616,12 @@ def init_theta(
         output_kernel = init(output_key, (hidden, num_features), jnp.float32)
     else:
         if projection is None or projection.shape != (num_features, dim):
+            given = "missing, as with 'none'," if projection is None else projection.shape
             raise BadInput(
-                f'projection is {"missing" if projection is None else projection.shape} for '
-                f'theta_init {theta_init!r}, which starts from its rows; allowed is [R, D] = '
-                f'{(num_features, dim)}, as projections.draw makes it for every projection but '
-                "'none'. Choose another projection, or set theta_init to 'lecun'."
+                f'projection is {given} for theta_init {theta_init!r}, which starts from its rows; '
+                f'allowed is [R, D] = {(num_features, dim)}, as projections.draw makes it for '
+                "every projection but 'none'. Choose another projection, or set theta_init to "
+                "'lecun'."
             )
         rows, outputs = projection, jnp.eye(num_features)
         if theta_init == 'softmax':

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from performer_vit.errors import BadInput, shown
+from performer_vit.errors import BadInput, shown, unlike
 
 _LARGEST = 2**31 - 1  # Of int32, in which devices count.
 _UNITS = 2**16
@@ -80,10 +80,10 @@ FIELDS = {
     'augment.crop_padding': _integer(0),
     'augment.flip': _TEXT,
     'augment.randaugment_layers': _integer(0, 100),
-    'augment.randaugment_magnitude': _number(),
+    'augment.randaugment_magnitude': _number(0, 10),
     'augment.cutout': _integer(0),
-    'augment.mixup': _number(),
-    'augment.cutmix': _number(),
+    'augment.mixup': _number(0, 10**6),
+    'augment.cutmix': _number(0, 10**6),
     'model.stem': _TEXT,
     'model.patch_size': _integer(1),
     'model.stem_channels': _Kind(
@@ -142,9 +142,9 @@ def check(values: Mapping[str, object]) -> None:
     unknown, missing = sorted(values.keys() - FIELDS), sorted(FIELDS.keys() - values)
     if unknown or missing:
         raise BadInput(
-            f'the config has the fields {unknown}, which there are not, and lacks {missing}: set '
-            'what configs/base.py sets. The config of a run of another version is for that '
-            'version, whose commit the results.json of the run names.'
+            f'the config {unlike(unknown, missing)}: set what configs/base.py sets. The config of '
+            'a run of another version is for that version, whose commit the results.json of the '
+            'run names.'
         )
     for field, kind in FIELDS.items():
         value = values[field]

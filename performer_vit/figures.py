@@ -13,8 +13,6 @@ import itertools
 import math
 import os
 import textwrap
-import zipfile
-import zlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -806,9 +804,9 @@ def read_predictions(workdir: str | os.PathLike) -> tuple[np.ndarray, np.ndarray
     try:
         tested = run_directory.read_arrays(path)
         return tested['labels'], tested['log_probabilities']
-    except (ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+    except KeyError as error:
         raise BadInput(
-            f'{path} cannot be read ({error}): restore it, or write it again with --mode=evaluate.'
+            f'{path} has no array {error}: restore it, or write it again with --mode=evaluate.'
         ) from error
 
 

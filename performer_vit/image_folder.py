@@ -9,7 +9,7 @@ import warnings
 
 import numpy as np
 
-from performer_vit.errors import BadInput, one_line
+from performer_vit.errors import BadInput, one_line, shown
 
 SUFFIXES = ('.png', '.jpg', '.jpeg', '.bmp', '.gif', '.webp', '.tif', '.tiff')
 # Pillow itself refuses nothing below 180 million pixels, half a gigabyte of RGB.
@@ -47,8 +47,8 @@ def read(
     apart = sorted(set(names) ^ set(found['test']))
     if apart:
         raise BadInput(
-            f'{root} has the classes {apart} in one of train and test only; both need a folder for '
-            'each class. Add or remove these.'
+            f'{root} has {len(apart)} of its classes in one of train and test only, '
+            f'{shown(apart)}; both need a folder for each class. Add or remove these.'
         )
     problems = []
     splits = [
@@ -57,7 +57,7 @@ def read(
     if problems:
         first = '; '.join(problems[:_NAMED])
         raise BadInput(
-            f'{len(problems)} images in {root} cannot be used: {first}'
+            f'{len(problems)} of the images in {root} cannot be used: {first}'
             f'{" …" if len(problems) > _NAMED else ""}. Repair or remove them.'
         )
     return names, *splits
@@ -93,7 +93,7 @@ def _classes(root: pathlib.Path, split: str) -> dict[str, list[pathlib.Path]]:
         classes[folder.name] = files
     if len(classes) < 2:
         raise BadInput(
-            f'{root / split} has {len(classes)} class folders; to tell classes apart takes 2 or '
+            f'the number of class folders in {root / split} is {len(classes)}; allowed are 2 or '
             'more. Add a folder of images for each class.'
         )
     return classes
@@ -104,7 +104,14 @@ def _decode(
 ) -> tuple[np.ndarray, np.ndarray]:
     """The images and labels of a split; what cannot be used is added to `problems`."""
     count = sum(map(len, classes))
-    images = np.empty((count, size, size, 3), np.uint8)
+    try:
+        images = np.empty((count, size, size, 3), np.uint8)
+    except MemoryError as error:
+        needed = 3 * count * size**2 / 2**30
+        raise BadInput(
+            f'{count:,} images of {size}×{size} pixels need {needed:,.1f} GiB of memory, '
+            'more than there is: lower dataset.image_size, or give fewer images.'
+        ) from error
     labels = np.repeat(np.arange(len(classes), dtype=np.int32), [len(files) for files in classes])
     for i, path in enumerate(path for files in classes for path in files):
         try:

@@ -90,8 +90,8 @@ def check_batch_size(batch_size: int, num_devices: int, n: int | None = None) ->
         )
     if n is not None and batch_size > n:
         raise BadInput(
-            f'batch_size is {batch_size} and the split has {n} examples; allowed is at most the '
-            f'size of the split. Choose a smaller batch.'
+            f'batch_size is {batch_size} and there are {n} images to train on; allowed are at most '
+            'as many. Choose a smaller batch.'
         )
 
 

@@ -44,4 +44,4 @@ def deferred() -> Iterator[Callable[[], bool]]:
         for number in ours:
             signal.signal(number, before[number])
     if received:
-        raise Interrupted('Asked to stop, this run has ended first.')
+        raise Interrupted('Asked to stop, this run was done first.')

@@ -8,6 +8,10 @@ import jax
 from performer_vit.errors import BadInput
 
 
+class TooLargeError(BadInput):
+    """What a config asks for does not fit into a device's memory."""
+
+
 def available(device: jax.Device) -> float:
     """Bytes of a device; of a CPU device its share of the machine's, infinite where unknown."""
     limit = (device.memory_stats() or {}).get('bytes_limit')
@@ -24,11 +28,11 @@ def size(tree) -> int:
 
 
 def check(what: str, needed: float, fields: str) -> None:
-    """Raises `BadInput` where `what` needs more bytes than a device has; `fields` decide it."""
+    """Raises `TooLargeError` where `what`, by these fields, needs more bytes than a device has."""
     device = jax.local_devices()[0]
     limit = available(device)
     if needed > limit:
-        raise BadInput(
+        raise TooLargeError(
             f'{what} needs {needed / 2**30:,.1f} GiB on each device, and {device.device_kind} has '
             f'{limit / 2**30:,.1f} GiB for each: lower {fields}.'
         )

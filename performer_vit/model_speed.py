@@ -117,7 +117,7 @@ def study(
     Raises:
       BadInput: a field of the config or a length that is not allowed.
     """
-    lengths = _check_lengths(lengths)
+    lengths = _check_lengths(lengths, config.augment)
     for length in lengths:
         train.check(_config_of(config, length, 'exact'))
     for name in PERFORMERS:
@@ -238,7 +238,7 @@ def _say(found: Mapping) -> str:
     return f'{found["contender"]}, {PASS_NAMES[found["pass"]]}: {where}'
 
 
-def _check_lengths(lengths: Sequence[int]) -> list[int]:
+def _check_lengths(lengths: Sequence[int], augment) -> list[int]:
     if not lengths or len(set(lengths)) < len(lengths):
         raise BadInput(
             f'lengths is {list(lengths)}; allowed are numbers of tokens, each once. Give some, as '
@@ -246,6 +246,12 @@ def _check_lengths(lengths: Sequence[int]) -> list[int]:
         )
     for length in lengths:
         image_and_patch_size(length)
+        if batch_size(length) % 2 and (augment.mixup or augment.cutmix):
+            raise BadInput(
+                f'augment.mixup is {augment.mixup} and augment.cutmix is {augment.cutmix}, which '
+                f'mix images in pairs, but of {length} tokens a batch has {batch_size(length)}: '
+                f'set both to 0, or leave {length} out of --lengths.'
+            )
     return sorted(lengths)
 
 

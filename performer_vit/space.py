@@ -9,6 +9,8 @@ from performer_vit.errors import BadInput, choose
 DISTRIBUTIONS = ('uniform', 'log_uniform', 'integer', 'choice')
 RELATIONS = ('divisible by', 'at most', 'at least')
 
+# In a distribution 'integer', whose values are held as a list.
+_INTEGERS = 10**6
 # Fields that decide which images score a trial.
 _FIXED = 'dataset.'
 
@@ -168,6 +170,11 @@ def _parameter(row: Sequence, fields: Mapping[str, object], grid: bool) -> Param
     if low >= high:
         raise BadInput(f'{what}: low is {low} and high is {high}; low must be below high.')
     if distribution == 'integer':
+        if high - low >= _INTEGERS:
+            raise BadInput(
+                f'{what}: {low} to {high} are {high - low + 1:,} integers; allowed are '
+                f"{_INTEGERS:,}. Take fewer, or 'choice' with some of them."
+            )
         return Parameter(field, distribution, low, high, tuple(range(low, high + 1)))
     if distribution == 'log_uniform' and low <= 0:
         raise BadInput(f"{what}: low is {low}; 'log_uniform' needs one above 0, or take 'uniform'.")

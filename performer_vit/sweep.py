@@ -16,7 +16,7 @@ from optuna.trial import FrozenTrial, TrialState
 from performer_vit import (
     crossval,
     datasets,
-    input_pipeline,
+    memory,
     progress,
     proposals,
     sweep_report,
@@ -24,7 +24,7 @@ from performer_vit import (
 )
 from performer_vit import space as search_space
 from performer_vit import workdir as run_directory
-from performer_vit.errors import BadInput, choose
+from performer_vit.errors import BadInput, choose, one_line, unlike
 from performer_vit.space import Space
 from performer_vit.trials import PRUNERS, Trial, Trials, without_password
 
@@ -93,11 +93,9 @@ def sweep(config, workdir: str | os.PathLike | None = None, run_name: str = 'run
         trial_config = _scored(_changed(base, values), section.num_folds)
         try:
             train.check_scored(trial_config)
-            input_pipeline.check_batch_size(
-                trial_config.batch_size, jax.device_count(), len(dataset.train)
-            )
+            train.steps_per_epoch(trial_config, len(dataset.train))
         except BadInput as error:
-            return str(error)
+            return str(error).rstrip('.')
         return None
 
     def propose(trials: Sequence[FrozenTrial]) -> dict:
@@ -144,8 +142,8 @@ def _check(config) -> None:
     missing = [field for field in _FIELDS if field not in section]
     if unknown or missing:
         raise BadInput(
-            f'the section `sweep` of the config has the unknown fields {unknown} and lacks '
-            f'{missing}; it has just these: {", ".join(_FIELDS)}.'
+            f'the section `sweep` of the config {unlike(unknown, missing)}; it needs just these: '
+            f'{", ".join(_FIELDS)}.'
         )
     choose('sweep.sampler', section.sampler, proposals.SAMPLERS)
     choose('sweep.pruner', section.pruner, PRUNERS)
@@ -254,12 +252,12 @@ def _run(trial: Trial, config, dataset: datasets.Dataset, num_folds: int) -> Non
             value, history = results['validation_accuracy'], results['history']
     except optuna.TrialPruned:
         state = TrialState.PRUNED
-    except FloatingPointError as error:
+    except (FloatingPointError, memory.TooLargeError) as error:
         state, message = TrialState.FAIL, str(error)
     except jax.errors.JaxRuntimeError as error:
         if 'RESOURCE_EXHAUSTED' not in str(error):
             raise
-        state, message = TrialState.FAIL, f'more memory needed than there is: {error}'
+        state, message = TrialState.FAIL, f'more memory needed than there is: {one_line(error)}'
     trial.finish(
         state,
         value,

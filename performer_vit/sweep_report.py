@@ -8,7 +8,7 @@ from optuna.trial import FrozenTrial
 from performer_vit import comparison, figures, sweep_figures, typeset
 from performer_vit import workdir as run_directory
 from performer_vit.space import Space
-from performer_vit.trials import STATES
+from performer_vit.trials import STATES, without_password
 
 _KERNEL = 'model.attention.kernel'
 _NOTES = ('epochs', 'seconds', 'message', 'device', 'versions')
@@ -52,6 +52,7 @@ def write(
         'dataset': dataset_name,
         'kernel': None if _KERNEL in rows[0]['params'] else base.model.attention.kernel,
         **section.to_dict(),
+        'storage': without_password(section.storage),
         'best': best,
         'trials': rows,
     }

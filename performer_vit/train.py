@@ -46,8 +46,7 @@ TEST_STATES = ('best', 'last')
 
 def check(config) -> None:
     """Raises `BadInput` for all that can be seen to be wrong in a config before data are read."""
-    fields.check(run_directory.flatten(config.to_dict()))
-    choose('test_state', config.test_state, TEST_STATES)
+    _check(config)
     if not config.dataset.validation_fraction and config.dataset.fold < 0:
         needs = {
             "test_state is 'best'": config.test_state == 'best',
@@ -60,6 +59,26 @@ def check(config) -> None:
                     "0: set test_state to 'last' and early_stopping_patience to 0, or "
                     'dataset.validation_fraction above 0.'
                 )
+
+
+def check_scored(config) -> None:
+    """What `check` does, and `BadInput` for what cannot be where validation is the score."""
+    _check(config)
+    if not config.dataset.validation_fraction and config.dataset.fold < 0:
+        raise BadInput(
+            'dataset.validation_fraction is 0, but the validation split is what scores this run: '
+            'set it above 0.'
+        )
+    if config.early_stopping_patience:
+        raise BadInput(
+            f'early_stopping_patience is {config.early_stopping_patience}, but the validation '
+            'split is what scores this run, and must not choose when it stops: set it to 0.'
+        )
+
+
+def _check(config) -> None:
+    fields.check(run_directory.flatten(config.to_dict()))
+    choose('test_state', config.test_state, TEST_STATES)
     input_pipeline.check_batch_size(config.batch_size, jax.device_count())
     share = config.batch_size // jax.device_count()
     image_shape = (config.dataset.image_size, config.dataset.image_size, 3)
@@ -70,16 +89,40 @@ def check(config) -> None:
     # The model checks its own fields when it is traced; the number of classes does not matter.
     model = vit.from_config(config.model, num_classes=2, seed=config.seed)
     images = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
-    jax.eval_shape(model.init, jax.random.key(0), images)
+    try:
+        jax.eval_shape(model.init, jax.random.key(0), images)
+    except BadInput as error:  # Modules know nothing of configs.
+        raise BadInput(f'the section `model` of the config: {error}') from error
 
 
-def check_scored(config) -> None:
-    """What `check` does, and `BadInput` for what cannot be where validation is the score."""
-    check(config)
-    if config.early_stopping_patience:
+def steps_per_epoch(config, num_images: int) -> int:
+    """Steps of an epoch of so many training images; `BadInput` where the config does not fit."""
+    input_pipeline.check_batch_size(config.batch_size, jax.device_count(), num_images)
+    steps = input_pipeline.steps_per_epoch(num_images, config.batch_size)
+    if config.max_skipped_steps >= steps:
         raise BadInput(
-            f'early_stopping_patience is {config.early_stopping_patience}, but the validation '
-            'split is what scores this run, and must not choose when it stops: set it to 0.'
+            f'max_skipped_steps is {config.max_skipped_steps} and an epoch has {steps} '
+            'steps: set it lower, so that each epoch has steps that count.'
+        )
+    lengths = {
+        'num_epochs': config.num_epochs, 'optimizer.decay_epochs': config.optimizer.decay_epochs
+    }  # fmt: skip
+    for field, epochs in lengths.items():
+        if epochs * steps >= 2**31:
+            raise BadInput(
+                f'{field} is {epochs}, of {steps:,} steps each; allowed are less than '
+                '2**31 steps in all: set it lower, or batch_size higher.'
+            )
+    return steps
+
+
+def check_data(config, dataset: datasets.Dataset) -> None:
+    """Raises `BadInput` where the config of a run that is tested does not fit to the data."""
+    steps_per_epoch(config, len(dataset.train))
+    if config.flip_averaging and not dataset.flip:
+        raise BadInput(
+            f'flip_averaging is True, but images of {dataset.name} are never mirrored: mirror '
+            'images show something else there. Set flip_averaging to False.'
         )
 
 
@@ -150,7 +193,7 @@ def raise_if_bad(
             * bool(skipped)
         )
         + 'Nothing of it was kept: the checkpoints in the workdir are from before. Lower '
-        'optimizer.learning_rate, set optimizer.clip_norm, lengthen optimizer.warmup_epochs, or '
+        'optimizer.learning_rate or optimizer.clip_norm, lengthen optimizer.warmup_epochs, or '
         'set max_skipped_steps higher to pass over more such steps, in a new --workdir.'
     )
 
@@ -182,24 +225,8 @@ Training.__doc__ = """What a training consists of before it is compiled: see `pr
 
 def prepare(config, dataset: datasets.Dataset) -> Training:
     """Model, step and first state of a config on a data set; all input is checked."""
-    num_images = len(dataset.train)
-    input_pipeline.check_batch_size(config.batch_size, jax.device_count(), num_images)
-    steps_per_epoch = input_pipeline.steps_per_epoch(num_images, config.batch_size)
-    if config.max_skipped_steps >= steps_per_epoch:
-        raise BadInput(
-            f'max_skipped_steps is {config.max_skipped_steps} and an epoch has {steps_per_epoch} '
-            'steps: set it lower, so that each epoch has steps that count.'
-        )
-    lengths = {
-        'num_epochs': config.num_epochs, 'optimizer.decay_epochs': config.optimizer.decay_epochs
-    }  # fmt: skip
-    for field, epochs in lengths.items():
-        if epochs * steps_per_epoch >= 2**31:
-            raise BadInput(
-                f'{field} is {epochs}, of {steps_per_epoch:,} steps each; allowed are less than '
-                '2**31 steps in all: set it lower, or batch_size higher.'
-            )
-    schedule = optimizers.learning_rate(config.optimizer, steps_per_epoch, config.num_epochs)
+    steps = steps_per_epoch(config, len(dataset.train))
+    schedule = optimizers.learning_rate(config.optimizer, steps, config.num_epochs)
     tx = optimizers.create(config.optimizer, schedule, axis_name='batch')
     model = vit.from_config(config.model, dataset.num_classes, config.seed)
     create = functools.partial(
@@ -209,9 +236,9 @@ def prepare(config, dataset: datasets.Dataset) -> Training:
     memory.check('the train state', memory.size(jax.eval_shape(create)), _SIZES)
     state = create()
     num_params = sum(leaf.size for leaf in jax.tree.leaves(state.params))
-    step_fn = train_step.make_train_step(model, tx, schedule, config, dataset, steps_per_epoch)
-    diagnose = train_step.make_diagnosis(model, tx, config, dataset, steps_per_epoch)
-    return Training(model, step_fn, diagnose, state, steps_per_epoch, num_params)
+    step_fn = train_step.make_train_step(model, tx, schedule, config, dataset, steps)
+    diagnose = train_step.make_diagnosis(model, tx, config, dataset, steps)
+    return Training(model, step_fn, diagnose, state, steps, num_params)
 
 
 def compile_step(training: Training, state: TrainState, batch: dict) -> Callable:
@@ -223,7 +250,7 @@ def compile_step(training: Training, state: TrainState, batch: dict) -> Callable
     needs = compiled.memory_analysis()
     if needs is not None:  # Not every backend tells.
         needed = needs.argument_size_in_bytes + needs.temp_size_in_bytes
-        memory.check('the training step', needed, f'batch_size, {_SIZES}')
+        memory.check('the training step', needed, f'batch_size, {_SIZES}, in another --workdir')
     return compiled
 
 
@@ -245,11 +272,7 @@ def train(config, workdir: str | os.PathLike | None = None, run_name: str = 'run
     check(config)
     run_directory.check_writable(workdir or run_directory.default_workdir(run_name, ''))
     dataset = datasets.load(**config.dataset)
-    if config.flip_averaging and not dataset.flip:
-        raise BadInput(
-            f'flip_averaging is True, but images of {dataset.name} are never mirrored: mirror '
-            'images show something else there. Set flip_averaging to False.'
-        )
+    check_data(config, dataset)
     workdir = workdir or run_directory.default_workdir(run_name, dataset.name)
     return _fit(config, dataset, workdir, _test, lambda row: None)
 

@@ -224,7 +224,7 @@ def make_diagnosis(
         for name, flag in zip(names['seen'], flags, strict=True):
             if not flag:
                 return f'first in {name}'
-        return 'though not when it was done again'
+        return 'but were when the step was done again'
 
     return diagnose
 

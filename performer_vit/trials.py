@@ -20,7 +20,7 @@ from sqlalchemy.exc import ArgumentError, SQLAlchemyError
 
 from performer_vit import environment, locks
 from performer_vit import workdir as run_directory
-from performer_vit.errors import BadInput
+from performer_vit.errors import BadInput, one_line
 
 _DATABASE = 'study.sqlite3'
 PRUNERS = ('none', 'median', 'successive_halving')
@@ -51,7 +51,7 @@ def without_password(storage: str) -> str:
     """The URL of a database as files and messages may have it."""
     try:
         return make_url(storage).render_as_string(hide_password=True) if storage else storage
-    except ArgumentError:  # No URL, as the database will say.
+    except (ArgumentError, ValueError):  # No URL, as the database will say.
         return storage
 
 
@@ -136,9 +136,17 @@ class Trials:
         with self.alone():
             try:
                 self._study = _open(workdir, storage, pruner)
-            except (SQLAlchemyError, optuna.exceptions.OptunaError, ImportError) as error:
+            except (
+                SQLAlchemyError, optuna.exceptions.OptunaError, ImportError, ValueError
+            ) as error:  # fmt: skip
+                reason = one_line(error).rstrip('.')
+                if not storage:
+                    raise BadInput(
+                        f'{workdir / _DATABASE} cannot be used ({reason}): restore it, or give '
+                        'the sweep another --workdir=DIR.'
+                    ) from error
                 raise BadInput(
-                    f'sweep.storage is {told}, a database that cannot be used: {error}. Give '
+                    f'sweep.storage is {told}, a database that cannot be used: {reason}. Give '
                     "the URL of one that can, such as sqlite:////DIR/FILE, or '' for a file in the "
                     'workdir.'
                 ) from error

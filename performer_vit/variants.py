@@ -147,12 +147,18 @@ def _run(
         'ablate': (train.check_scored, _score),
     }[mode]
     if len(variants) < 2:
-        raise BadInput(f'{mode} has nothing to compare with: give it two variants or more.')
+        field = {
+            'compare': 'compare.variants has less than two',
+            'ablate': 'ablate.changes is empty',
+        }
+        raise BadInput(f'{field[mode]}, so that there is nothing to compare: add one.')
     configs, directories = {}, {}
     for name, config in variants.items():
         twin = configs.setdefault(config.to_json(), name)
         if twin != name:
-            raise BadInput(f'{mode}: the variants {twin!r} and {name!r} are the same config.')
+            raise BadInput(
+                f'{mode}: the variants {twin!r} and {name!r} are the same config: take one away.'
+            )
         twin = directories.setdefault(run_directory.directory_name(name), name)
         if twin != name:
             raise BadInput(
@@ -167,8 +173,7 @@ def _run(
             raise BadInput(f'{mode}: variant {name!r}: {error}') from error
     name = f'{run_name}-{mode}'
     run_directory.check_writable(workdir or run_directory.default_workdir(name, ''))
-    first = next(iter(variants.values()))
-    dataset = datasets.load(**first.dataset)
+    dataset = _check_data(mode, variants)
     workdir = run_directory.claim(
         workdir or run_directory.default_workdir(name, dataset.name),
         # Variants and seeds may be added later; each run guards its own directory.
@@ -193,6 +198,29 @@ def _run(
     progress.say(dataset.name, (workdir / 'table.md').read_text(encoding='utf-8'))
     progress.say(dataset.name, f'Everything is in {workdir}')
     return results
+
+
+def _check_data(mode: str, variants: Mapping[str, object]) -> datasets.Dataset:
+    """The first variant's data; `BadInput` where a variant does not fit to its own."""
+
+    def check(config, dataset: datasets.Dataset) -> None:
+        if mode == 'compare':
+            train.check_data(config, dataset)
+        else:
+            train.steps_per_epoch(config, len(dataset.train))
+
+    first, loaded = None, {}
+    for name, config in variants.items():
+        which = config.dataset.to_json()
+        if which not in loaded:
+            loaded.clear()  # One at a time in memory.
+            loaded[which] = datasets.load(**config.dataset)
+        first = first or loaded[which]
+        try:
+            check(config, loaded[which])
+        except BadInput as error:
+            raise BadInput(f'{mode}: variant {name!r}: {error}') from error
+    return first
 
 
 def _score(config, workdir: pathlib.Path) -> dict:

@@ -20,7 +20,7 @@ from flax import linen as nn
 
 from performer_vit.convolution import Conv3x3
 from performer_vit.dropout import Dropout
-from performer_vit.errors import BadInput, choose
+from performer_vit.errors import BadInput, choose, unlike
 from performer_vit.favor import KERNELS, FavorAttention
 
 STEMS = ('patch', 'conv')
@@ -512,10 +512,9 @@ def from_config(model, num_classes: int, seed: int) -> VisionTransformer:
     }  # fmt: skip
     if given != known:
         raise BadInput(
-            'the model section of the config is not of this version of performer_vit: there is no '
-            f'{sorted(given - known)}, and {sorted(known - given)} is missing. Set what '
-            'configs/base.py sets, or use the version that wrote the config: the results.json of a '
-            'run names its commit.'
+            f'the model section of the config {unlike(given - known, known - given)}: it is not of '
+            'this version of performer_vit. Set what configs/base.py sets, or use the version that '
+            'wrote the config: the results.json of a run names its commit.'
         )
     choose('model.dtype', fields['dtype'], DTYPES)
     dtype = jnp.dtype(fields.pop('dtype'))

@@ -5,6 +5,7 @@ They are written whole and swapped in, so that a reader or a crash never meets h
 
 import contextlib
 import csv
+import hashlib
 import io
 import json
 import os
@@ -17,12 +18,14 @@ from ml_collections import ConfigDict
 
 from performer_vit import files, locks
 from performer_vit.datasets import DATASETS
-from performer_vit.errors import BadInput, one_line
+from performer_vit.errors import BadInput, one_line, shown
 
 HISTORY_COLUMNS = (
     'dataset', 'epoch', 'step', 'train_loss', 'train_accuracy', 'validation_loss',
     'validation_accuracy', 'learning_rate', 'seconds',
 )  # fmt: skip
+# File systems take 255 bytes, and a mode puts its own name behind it.
+_LONGEST_NAME = 200
 # Where data comes from; what was read stands in `dataset_read`, and that must agree.
 _WHEREABOUTS = ('dataset.data_dir', 'dataset.fallback')
 # What may change when a run goes on; a sweep may go further than it was to go at first.
@@ -57,8 +60,8 @@ def read_arrays(path: str | os.PathLike) -> dict[str, np.ndarray]:
     except Exception as error:  # Of any kind: anything may come of a damaged file.
         raise BadInput(
             f'{path} is damaged, or no .npz file of arrays without Python objects '
-            f'({one_line(error)}): restore it, or let --mode=evaluate or --mode=inspect write it '
-            'again.'
+            f'({one_line(error)}): restore it, or let what wrote it write it again, such as '
+            '--mode=evaluate the predictions of a finished run.'
         ) from error
 
 
@@ -73,17 +76,27 @@ def write_json(path: str | os.PathLike, values: Mapping) -> None:
 
 
 def read_json(path: str | os.PathLike) -> dict:
-    """Reads a JSON file that `write_json` wrote."""
+    """Reads a JSON file that `write_json` wrote; `BadInput` where there is none."""
     try:
-        return json.loads(pathlib.Path(path).read_text(encoding='utf-8'))
+        values = json.loads(pathlib.Path(path).read_text(encoding='utf-8'))
     except FileNotFoundError as error:
         raise BadInput(
-            f'{path} does not exist: give the --workdir of a run that wrote one.'
+            f'{path} does not exist: give the directory of a run that wrote one.'
         ) from error
     except json.JSONDecodeError as error:
         raise BadInput(
-            f'{path} is not valid JSON ({error}): restore it, or give another --workdir.'
+            f'{path} is not valid JSON ({error}): restore it, or give another directory.'
         ) from error
+    except (OSError, UnicodeDecodeError, RecursionError) as error:
+        raise BadInput(
+            f'{path} cannot be read ({one_line(error)}): restore it, or give another directory.'
+        ) from error
+    if not isinstance(values, dict):
+        raise BadInput(
+            f'{path} holds {shown(values)} and not the fields of a run or a measurement: restore '
+            'it, or give another directory.'
+        )
+    return values
 
 
 def write_history(path: str | os.PathLike, rows: Sequence[Mapping]) -> None:
@@ -96,7 +109,11 @@ def write_history(path: str | os.PathLike, rows: Sequence[Mapping]) -> None:
 
 
 def read_history(path: str | os.PathLike) -> list[dict]:
-    """Reads `history.csv` back: numbers as numbers, empty cells as None."""
+    """Reads `history.csv` back: numbers as numbers, empty cells as None.
+
+    Raises:
+      BadInput: the file is damaged.
+    """
 
     def parse(name: str, cell: str):
         if cell == '':
@@ -105,8 +122,14 @@ def read_history(path: str | os.PathLike) -> list[dict]:
             return cell
         return int(cell) if name in ('epoch', 'step') else float(cell)
 
-    with open(path, encoding='utf-8', newline='') as file:
-        return [{k: parse(k, v) for k, v in row.items()} for row in csv.DictReader(file)]
+    try:
+        with open(path, encoding='utf-8', newline='') as file:
+            return [{k: parse(k, v) for k, v in row.items()} for row in csv.DictReader(file)]
+    except (ValueError, TypeError, csv.Error) as error:
+        raise BadInput(
+            f'{path} is damaged ({one_line(error)}): restore it, or remove it and give the command '
+            'of the run again, which writes it anew.'
+        ) from error
 
 
 def flatten(values: Mapping, prefix: str = '') -> dict:
@@ -138,7 +161,11 @@ def run_name(config_path: str, arguments: str, overrides: Mapping[str, object]) 
         for field, value in sorted(overrides.items())
         if field not in (*_FREE, 'dataset.name', 'sweep.storage')
     ]
-    return directory_name('-'.join([pathlib.Path(config_path).stem, *words, *changes]))
+    name = directory_name('-'.join([pathlib.Path(config_path).stem, *words, *changes]))
+    if len(name) <= _LONGEST_NAME:
+        return name
+    digest = hashlib.blake2b(name.encode(), digest_size=8).hexdigest()
+    return f'{name[: _LONGEST_NAME - len(digest) - 1]}-{digest}'
 
 
 def directory_name(text: str) -> str:
@@ -149,8 +176,8 @@ def directory_name(text: str) -> str:
 def check_writable(workdir: str | os.PathLike) -> None:
     """Raises `BadInput` unless files can be made in the directory, or where it would be made."""
     workdir = pathlib.Path(workdir).absolute()
-    existing = next(path for path in (workdir, *workdir.parents) if path.exists())
     try:
+        existing = next(path for path in (workdir, *workdir.parents) if path.exists())
         with tempfile.TemporaryFile(dir=existing):
             pass
     except OSError as error:
@@ -189,7 +216,14 @@ def alone(workdir: str | os.PathLike) -> Iterator[None]:
         yield
         return
     # Not `.lock`, which is that of a trial and is held around this one.
-    lock = locks.take(workdir / '.training.lock', wait=False)
+    try:
+        lock = locks.take(workdir / '.training.lock', wait=False)
+    except OSError as error:
+        raise BadInput(
+            f'the workdir {workdir} cannot be locked against a second training '
+            f'({error.strerror or error}): give another --workdir=DIR, of your own and on a file '
+            'system that has locks.'
+        ) from error
     if lock is None:
         raise BadInput(
             f'another process trains in the workdir {workdir}: wait for it, stop it, or give this '
@@ -235,17 +269,17 @@ def read_config(workdir: str | os.PathLike) -> ConfigDict:
     try:
         name, data_dir = values.pop('dataset_read'), values['dataset']['data_dir']
         grids = values['model']['stem_channels']
+        values['dataset'] |= {'name': name, 'fallback': 'none'}
+        # Where TFDS has the data may have changed; a folder that is gone is to be named.
+        if name != 'folder' and not pathlib.Path(data_dir).is_dir():
+            values['dataset']['data_dir'] = ''
+        # JSON has no tuples, which command lines set.
+        values['model']['stem_channels'] = tuple(map(tuple, grids))
     except (AttributeError, KeyError, TypeError) as error:
         raise BadInput(
-            f'{workdir}/config.json is not the config of a training ({one_line(error)}): give the '
-            '--workdir of one.'
+            f'{workdir}/config.json is not the config of a training: it is damaged, or that of '
+            'several. Give the directory of one, such as VARIANT/seed_S of a comparison.'
         ) from error
-    values['dataset'] |= {'name': name, 'fallback': 'none'}
-    # Where TFDS has the data may have changed; a folder that is gone is to be named.
-    if name != 'folder' and not pathlib.Path(data_dir).is_dir():
-        values['dataset']['data_dir'] = ''
-    # JSON has no tuples, which command lines set.
-    values['model']['stem_channels'] = tuple(map(tuple, grids))
     return ConfigDict(values)
 
 
@@ -253,7 +287,11 @@ def differences(theirs: Mapping, ours: Mapping) -> list[str]:
     """A line for each field in which two configs differ and which may not change in a run."""
     theirs, ours = flatten(theirs), flatten(ours)
     return [
-        f'  {field}: {theirs.get(field, "absent")!r} there, {ours.get(field, "absent")!r} here'
+        f'  {field}: {_value(theirs, field)} there, {_value(ours, field)} here'
         for field in sorted(set(theirs) | set(ours))
-        if field not in _FREE and theirs.get(field, 'absent') != ours.get(field, 'absent')
+        if field not in _FREE and _value(theirs, field) != _value(ours, field)
     ]
+
+
+def _value(values: Mapping, field: str) -> str:
+    return repr(values[field]) if field in values else 'absent'

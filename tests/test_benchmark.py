@@ -143,6 +143,8 @@ def test_what_devices_repeat_counts_once():
             'the directory of --json=/nonexistent/a.json',
         ),
         (('attention', '--json=a.png'), '--json=a.png is the name of a figure'),
+        (('attention', '--json=/proc'), '--json=/proc is a directory; give a file, such as /proc/'),
+        (('attention', '--json=/proc/a.json'), 'nothing can be written beside --json=/proc/a.json'),
     ],
 )
 def test_flags_are_honoured_or_refused(run, capsys, arguments, message):

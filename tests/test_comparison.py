@@ -79,7 +79,7 @@ def test_a_comparison_changes_one_thing():
     comparison.check_one_factor(rows[:2])
     with pytest.raises(BadInput, match=r"'relu' and seed 2 .* num_epochs \(3 and 4\) differ"):
         comparison.check_one_factor(rows)
-    with pytest.raises(BadInput, match='digits differ'):
+    with pytest.raises(BadInput, match=r'here also the data \(.* and digits\) differ'):
         comparison.check_one_factor([row(), {**row('relu'), 'dataset': 'digits'}])
 
 

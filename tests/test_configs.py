@@ -77,7 +77,12 @@ def test_a_config_comes_back_from_its_run(tmp_path):
         (None, 'config.json does not exist'),
         ('{', 'not valid JSON'),
         ('{"seed": 0}', 'not the config of a training'),
-        ('[]', 'not the config of a training'),
+        ('[]', r'holds \[\] and not the fields'),
+        ('[' * 10**5, 'cannot be read'),
+        (
+            '{"dataset_read": "", "dataset": {"data_dir": 3}, "model": {"stem_channels": []}}',
+            'not the config of a training',
+        ),
     ],
 )
 def test_what_is_no_config_of_a_run_is_refused(tmp_path, content, says):

@@ -2,6 +2,8 @@
 
 import csv
 import json
+import pathlib
+import shutil
 
 import numpy as np
 import pytest
@@ -98,6 +100,20 @@ def test_a_scored_run_is_no_tested_run(cross_validated):
         train.train(crossval.fold_config(config, 0), directory / 'fold_0')
 
 
+def test_predictions_of_a_fold_that_are_lost(cross_validated, tmp_path):
+    """Catches a traceback, and advice that does not help: what it says brings them back."""
+    config, directory, results = cross_validated
+    shutil.copytree(directory, tmp_path / 'run')
+    fold = tmp_path / 'run' / 'fold_1'
+    for spoil in (pathlib.Path.unlink, pathlib.Path.touch):
+        spoil(fold / 'validation_predictions.npz')
+        with pytest.raises(BadInput, match=r'fold_1/validation_pred.*npz is missing or damaged'):
+            crossval.cross_validate(config, tmp_path / 'run')
+    (fold / 'results.json').unlink()
+    again = crossval.cross_validate(config, tmp_path / 'run')
+    assert again['validation_accuracy'] == results['validation_accuracy']
+
+
 def test_statistics_are_those_of_the_training_part():
     """The ramp of the images makes every fold's mean another one."""
     images = np.arange(60, dtype=np.uint8)[:, None, None, None] * np.ones((1, 2, 2, 1), np.uint8)
@@ -118,7 +134,10 @@ def test_statistics_are_those_of_the_training_part():
     [
         ({'num_folds': 1}, r'dataset\.num_folds is 1'),
         ({'num_folds': 0}, r'dataset\.num_folds is 0'),
-        ({'num_folds': 200}, r'dataset\.num_folds is 200, but class 8 has only 139'),
+        (
+            {'num_folds': 200},
+            r'num_folds is 200.*number 8, .*has 139 for training: set.*from 2 to 139',
+        ),
         ({'fold': 2}, r'takes every fold in turn'),
     ],
 )
@@ -127,6 +146,27 @@ def test_bad_folds_end_before_anything_is_written(tiny_config, tmp_path, fields,
     with pytest.raises(BadInput, match=message):
         crossval.cross_validate(tiny_config, tmp_path / 'run')
     assert not (tmp_path / 'run').exists()
+
+
+def test_what_does_not_fit_the_folds_ends_before_anything_is_written(tiny_config, tmp_path):
+    """Catches a config.json that holds a mistake, so that the mended command is refused."""
+    tiny_config.batch_size = 1200
+    with pytest.raises(BadInput, match='batch_size is 1200 and there are 1149 images to train on'):
+        crossval.cross_validate(tiny_config, tmp_path / 'run')
+    assert not (tmp_path / 'run').exists()
+
+
+def test_folds_need_no_validation_fraction(tiny_config, tmp_path, monkeypatch):
+    """Nor a last state: both are about the validation split, in whose place the folds are."""
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(crossval, 'run_fold', stop)
+    tiny_config.dataset.validation_fraction = 0.0
+    assert tiny_config.test_state == 'best'
+    with pytest.raises(KeyboardInterrupt):
+        crossval.cross_validate(tiny_config, tmp_path / 'run')
 
 
 @pytest.mark.parametrize('fold', [5, -2])

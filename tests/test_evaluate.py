@@ -458,6 +458,11 @@ def test_write_report_checks_before_it_writes(tmp_path):
     with pytest.raises(BadInput):
         spoilt = log_probabilities * np.nan
         evaluate.write_report(tmp_path, {**RESULTS, 'seed': 8}, spoilt, labels, list('abc'))
+    (tmp_path / 'history.csv').write_text('dataset,epoch\ndigits,1.5\n')
+    with pytest.raises(BadInput, match='history.csv is damaged'):
+        other = log_probabilities[::-1]
+        evaluate.write_report(tmp_path, {**RESULTS, 'seed': 8}, other, labels, list('abc'))
+    (tmp_path / 'history.csv').unlink()
     after = {path: path.read_bytes() for path in tmp_path.rglob('*') if path.is_file()}
     assert after == before
 

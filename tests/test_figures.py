@@ -880,7 +880,7 @@ def test_draw_all_draws_from_the_saved_files(tmp_path, monkeypatch):
 
 def test_draw_all_says_what_is_missing(tmp_path):
     """Catches a bare FileNotFoundError for the workdir of an unfinished run."""
-    with pytest.raises(BadInput, match='results.json does not exist.*give the --workdir'):
+    with pytest.raises(BadInput, match='results.json does not exist.*give the directory'):
         figures.draw_all(tmp_path)
     (tmp_path / 'results.json').write_text('{}')
     with pytest.raises(BadInput, match='test_predictions.npz does not exist.*final test'):

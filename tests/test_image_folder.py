@@ -165,7 +165,9 @@ def unreadable(path):
 def test_a_file_that_is_no_image_is_named(folder, spoil, says):
     """Catches tracebacks, waiting without end, and images that are left out in silence."""
     spoil(folder / 'train' / 'dog' / '3.png')
-    with pytest.raises(BadInput, match=rf'1 images in .*train/dog/3.png \(.*{says}') as caught:
+    with pytest.raises(
+        BadInput, match=rf'1 of the images in .*train/dog/3.png \(.*{says}'
+    ) as caught:
         image_folder.read(folder, 32)
     assert 'Repair or remove' in str(caught.value)
 
@@ -173,7 +175,7 @@ def test_a_file_that_is_no_image_is_named(folder, spoil, says):
 def test_many_bad_files_are_counted_and_some_named(folder):
     for path in folder.glob('*/*/*.png'):
         path.write_bytes(b'')
-    with pytest.raises(BadInput, match='20 images in .* …. Repair') as caught:
+    with pytest.raises(BadInput, match='20 of the images in .* …. Repair') as caught:
         image_folder.read(folder, 32)
     assert len(str(caught.value)) < 1500
 
@@ -211,9 +213,9 @@ def link_to_a_folder(folder):
     'spoil, says',
     [
         (empty_class, 'train/owl has no images .*: add some, or remove it'),
-        (class_for_training_only, r"the classes \['owl'\] in one of train and test only"),
+        (class_for_training_only, r"has 1 of its classes in one of train and test only, \['owl'\]"),
         (no_test, 'test is not a directory; .*DIR/test/CLASS/IMAGE'),
-        (one_class, 'train has 1 class folders; .* 2 or more'),
+        (one_class, 'class folders in .*/train is 1; allowed are 2 or more'),
         (link, '9.png is a link to /etc/hostname, outside of'),
         (link_to_a_folder, 'train/owl is a link to .*outside, outside of'),
     ],

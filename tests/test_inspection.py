@@ -473,10 +473,13 @@ def spoil_normalisation(path):
     ('spoil', 'part'),
     [
         (lambda path: path.unlink(), 'npz does not exist'),
-        (lambda path: path.write_bytes(b''), 'cannot be read'),
-        (lambda path: path.write_bytes(b'text'), 'cannot be read'),
-        (lambda path: path.write_bytes(path.read_bytes()[:900]), 'cannot be read'),
-        (lambda path: workdir.write_arrays(path, {'labels': np.zeros(3)}), 'cannot be read'),
+        (lambda path: path.write_bytes(b''), 'npz is damaged'),
+        (lambda path: path.write_bytes(b'text'), 'npz is damaged'),
+        (lambda path: path.write_bytes(path.read_bytes()[:900]), 'npz is damaged'),
+        (
+            lambda path: workdir.write_arrays(path, {'labels': np.zeros(3)}),
+            "has no array 'log_probabilities'",
+        ),
         (spoil_labels, '360 images that are not the 360 test images of digits'),
         (spoil_normalisation, 'sum to'),
     ],
@@ -491,9 +494,11 @@ def test_predictions_that_cannot_be_used_are_refused(spoilt, inspect, spoil, par
 @pytest.mark.parametrize(
     ('file', 'content', 'part'),
     [
-        ('results.json', None, 'results.json does not exist'),
+        ('results.json', None, 'results.json does not exist: the run there is not finished'),
         ('results.json', '{}', 'has no tested state'),
-        ('test_predictions.npz', 'text', 'cannot be read'),
+        ('results.json', 'null', 'holds None and not the fields'),
+        ('config.json', '{"dataset_read": "digits"}', 'not the config of a training'),
+        ('test_predictions.npz', 'text', 'npz is damaged'),
     ],
 )
 def test_a_run_that_cannot_be_used_is_refused(spoilt, file, content, part):

@@ -215,7 +215,7 @@ def test_lengths_are_given_once(tiny_config, lengths):
     [
         ('model.attention.projection', 'none', [64], "projection 'none'"),
         ('optimizer.learning_rate', -1.0, [64], 'learning_rate is -1.0'),
-        ('augment.mixup', 0.2, [64, 4096], 'mixup'),
+        ('augment.mixup', 0.2, [64, 4096], 'of 4096 tokens a batch has 1: set both to 0, or leave'),
     ],
 )
 def test_configs_are_refused_before_work(tiny_config, monkeypatch, field, value, lengths, message):

@@ -1,9 +1,11 @@
 """The command line as a user types it."""
 
 import contextlib
+import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 
 import pytest
 
@@ -33,6 +35,38 @@ def environment() -> dict[str, str]:
     return {**kept, 'XLA_FLAGS': '', 'JAX_PLATFORMS': 'cpu'}
 
 
+# Answers each of many commands as a process of its own would, at the price of one start: what is
+# imported is forked.
+ANSWERS = """
+import json, os, runpy, sys, tempfile
+from performer_vit import train
+answers = []
+for arguments in json.load(sys.stdin):
+    with tempfile.TemporaryFile('w+') as out:
+        child = os.fork()
+        if not child:
+            os.dup2(out.fileno(), 1)
+            os.dup2(out.fileno(), 2)
+            sys.argv = ['run.py', *arguments]
+            runpy.run_path('run.py', run_name='__main__')
+            os._exit(0)
+        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        out.seek(0)
+        answers.append((code, out.read()))
+json.dump(answers, sys.stdout)
+"""
+
+
+def answers(commands: Sequence[Sequence[str]]) -> list[tuple[int, str]]:
+    """Exit code and output of each command that ends before it trains."""
+    done = subprocess.run(
+        [sys.executable, '-c', ANSWERS],
+        cwd=ROOT, env=environment() | {'GLIBC_TUNABLES': 'glibc.malloc.hugetlb=0'},
+        input=json.dumps(commands), stdout=subprocess.PIPE, text=True, timeout=900, check=True,
+    )  # fmt: skip
+    return json.loads(done.stdout)
+
+
 def run(*arguments: str) -> subprocess.CompletedProcess:
     return subprocess.run(
         [sys.executable, 'run.py', *arguments],
@@ -40,35 +74,62 @@ def run(*arguments: str) -> subprocess.CompletedProcess:
     )  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    'arguments, message',
-    [
-        ((), '--config is missing; an example is --config=configs/performer_relu.py'),
-        (('--config=configs/nope.py',), 'configs/nope.py'),
-        (('--config=configs/vit.py:mnist',), "the config argument is 'mnist'"),
-        (('--config=configs/vit.py', '--config.num_epoch=3'), 'num_epochs'),
-        (('--config=configs/vit.py', '--config.num_epochs=three'), 'three'),
-        (('--config=configs/vit.py', '--config.ema_decay=1' + 400 * '0'), 'ema_decay is inf'),
-        (('--config=configs/vit.py', '--mode=fly'), '<train|evaluate|inspect|crossval|compare|'),
-        (('--config=configs/vit.py', '--mode=compare'), 'needs a config with a section `compare`'),
-        (('--config=configs/comparisons/kernels.py',), 'is for --mode=compare alone'),
-        (('--mode=inspect',), 'needs the --workdir=DIR'),
-        (('--config=configs/vit.py', 'train'), "unknown arguments ['train']"),
-        (('--mode=evaluate',), 'needs the --workdir=DIR'),
-        (('--config=configs/vit.py:digits', '--config.num_epochs=0'), 'num_epochs is 0'),
-        (
-            ('--config=configs/vit.py:digits', '--config.model.stem_channels=(32,64)'),
-            'model.stem_channels is (32, 64)',
-        ),
-        (('--mode=evaluate', '--workdir=/nonexistent'), 'config.json does not exist'),
-    ],
-)
-def test_mistakes_get_an_error_without_a_traceback(arguments, message):
+MISTAKES = [
+    ((), '--config is missing; an example is --config=configs/performer_relu.py'),
+    (('--config=configs/nope.py',), 'configs/nope.py'),
+    (('--config=configs/vit.py:mnist',), "the config argument is 'mnist'"),
+    (
+        ('--config=configs/vit.py', '--config.num_epoch=3'),
+        "there is no field 'num_epoch' there. Did",
+    ),
+    (('--config=configs/vit.py', '--config.nothing=3'), "there is no field 'nothing' there"),
+    (('--config=configs/vit.py', '--config.num_epochs=three'), 'three'),
+    (('--config=configs/vit.py', '--config.ema_decay=1' + 400 * '0'), 'ema_decay is inf'),
+    (('--config=configs/vit.py', '--mode=fly'), '<train|evaluate|inspect|crossval|compare|'),
+    (('--config=configs/vit.py', '--mode=compare'), 'needs a config with a section `compare`'),
+    (('--config=configs/comparisons/kernels.py',), 'is for --mode=compare alone'),
+    (('--mode=inspect',), 'needs the --workdir=DIR'),
+    (('--config=configs/vit.py', 'train'), "unknown arguments ['train']"),
+    (('--mode=evaluate',), 'needs the --workdir=DIR'),
+    (('--config=configs/vit.py:digits', '--config.num_epochs=0'), 'num_epochs is 0'),
+    (
+        ('--config=configs/vit.py:digits', '--config.model.stem_channels=(32,64)'),
+        'model.stem_channels is (32, 64)',
+    ),
+    (('--mode=evaluate', '--workdir=/nonexistent'), 'config.json does not exist'),
+    (('--config=configs/rerun.py:/nonexistent',), 'error: /nonexistent/config.json does not exist'),
+]
+# What a config file of the user's may have, and what is said.
+FILES = [
+    ('x = 1', 'has no function get_config'),
+    ('def get_config(argument=""): return None', 'has no function get_config'),
+    ('def get_config(argument=""): return nothing', "NameError: name 'nothing' is not defined ("),
+    ('def get_config(', "cannot be loaded: SyntaxError: '(' was never closed ("),
+    ('import nothing', "ModuleNotFoundError: No module named 'nothing'"),
+    ('from ml_collections import ConfigDict as get_config', "there is no field 'seed' there"),
+]
+
+
+def test_mistakes_get_an_error_without_a_traceback(tmp_path):
     """Exit code 2, the reason on stderr, and no Python in the user's face."""
-    done = run(*arguments)
-    assert done.returncode == 2
-    assert message in done.stderr
-    assert 'Traceback' not in done.stderr
+    cases = list(MISTAKES)
+    for number, (text, message) in enumerate(FILES):
+        path = tmp_path / f'config{number}.py'
+        path.write_text(text)
+        cases.append(((f'--config={path}',), message))
+    for (arguments, message), (code, said) in zip(
+        cases, answers([arguments for arguments, _ in cases]), strict=True
+    ):
+        assert code == 2, (arguments, said)
+        assert message in said and said.count('error: ') == 1, (arguments, said)
+        assert 'Traceback' not in said, arguments
+
+
+def test_a_mistake_in_a_process_of_its_own():
+    """As a shell has it: the error is on stderr."""
+    done = run('--config=configs/vit.py:mnist')
+    assert done.returncode == 2 and not done.stdout
+    assert done.stderr.startswith("error: the config argument is 'mnist'; allowed is")
 
 
 @pytest.mark.slow

@@ -57,6 +57,7 @@ def test_what_is_read_is_what_was_written():
         (('model.width', 'choice', (64, 64)), r'64 is there more than once'),
         (('optimizer.learning_rate', 'uniform', 1.0, 1.0), r'low is 1.0 and high is 1.0'),
         (('model.depth', 'integer', 3, 2), r'low is 3 and high is 2'),
+        (('model.depth', 'integer', 0, 2**32 - 1), r'are 4,294,967,296 integers; allowed'),
         (('optimizer.learning_rate', 'log_uniform', 0, 1.0), r"low is 0.0; 'log_uniform' needs"),
         (('optimizer.learning_rate', 'uniform', 0, math.inf), r'inf is not finite'),
         (('optimizer.learning_rate', 'uniform', 0.1), r"should be \(field, 'uniform', low, high\)"),

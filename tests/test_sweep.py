@@ -30,6 +30,7 @@ from performer_vit import (
     crossval,
     environment,
     locks,
+    memory,
     progress,
     proposals,
     space,
@@ -405,6 +406,44 @@ def test_bad_input_is_refused_before_any_training(tmp_path, trainer, fields, mes
     with pytest.raises(BadInput, match=message):
         sweep.sweep(config, tmp_path)
     assert not trainer.epochs
+
+
+def test_a_trial_that_needs_too_much_memory_fails_and_counts(tmp_path, trainer, monkeypatch):
+    """Catches a sweep that ends there, and that the same command can never go on with."""
+
+    def validate(config, *arguments):
+        if config.model.depth > 2:
+            raise memory.TooLargeError('the training step needs 99.0 GiB on each device')
+        return trainer.validate(config, *arguments)
+
+    monkeypatch.setattr(train, 'validate', validate)
+    results = sweep.sweep(config_of(num_trials=6), tmp_path)
+    depths = [row['params']['model.depth'] for row in results['trials']]
+    states = [row['state'] for row in results['trials']]
+    assert [state == 'failed' for state in states] == [depth > 2 for depth in depths]
+    assert 0 < states.count('failed') < 6
+    assert 'needs 99.0 GiB' in (tmp_path / 'table.md').read_text()
+
+
+def test_what_does_not_fit_the_data_is_not_tried(tmp_path, trainer):
+    """Catches an error in the middle of a sweep, which no command would get over."""
+    config = config_of(num_trials=4)
+    config.max_skipped_steps = 7  # Of 1,000 images, batches of 128 make 7 steps.
+    with pytest.raises(
+        BadInput, match='nothing to try: .*max_skipped_steps is 7 and an epoch has 7'
+    ):
+        sweep.sweep(config, tmp_path / 'run')
+    assert not (tmp_path / 'run').exists()
+
+
+def test_a_damaged_database_is_named(tmp_path, trainer):
+    sweep.sweep(config_of(num_trials=1), tmp_path)
+    (tmp_path / 'study.sqlite3').write_bytes(b'no database' * 1000)
+    with pytest.raises(
+        BadInput, match=r'study\.sqlite3 cannot be used .*: restore it, or'
+    ) as error:
+        sweep.sweep(config_of(num_trials=2), tmp_path)
+    assert '\n' not in str(error.value)
 
 
 def test_a_password_is_written_nowhere(tmp_path, trainer):

@@ -53,7 +53,7 @@ def test_another_config_is_refused_with_the_difference(tmp_path):
         workdir.claim(tmp_path, other, 'digits')
     with pytest.raises(BadInput, match=r"dataset_read: 'digits' there, 'cifar10' here"):
         workdir.claim(tmp_path, CONFIG, 'cifar10')
-    with pytest.raises(BadInput, match=r"model.depth: 'absent' there, 2 here"):
+    with pytest.raises(BadInput, match=r'model.depth: absent there, 2 here'):
         workdir.claim(tmp_path, {**CONFIG, 'model': {**CONFIG['model'], 'depth': 2}}, 'digits')
 
 
@@ -63,14 +63,36 @@ def test_a_workdir_that_cannot_be_written(tmp_path):
         workdir.claim(tmp_path / 'file' / 'run', CONFIG, 'digits')
     with pytest.raises(BadInput, match=r'cannot be written'):
         workdir.claim('/proc/performer_vit', CONFIG, 'digits')
+    with pytest.raises(BadInput, match=r'cannot be written .File name too long'):
+        workdir.check_writable(tmp_path / ('x' * 300))
+
+
+def test_a_workdir_that_cannot_be_locked(tmp_path):
+    """Such as one whose lock another user has made."""
+    (tmp_path / '.training.lock').mkdir()
+    with pytest.raises(BadInput, match='cannot be locked against a second training'):
+        with workdir.alone(tmp_path):
+            pass
 
 
 def test_broken_files_are_named(tmp_path):
-    with pytest.raises(BadInput, match=r'config.json does not exist: give the --workdir'):
+    with pytest.raises(BadInput, match=r'config.json does not exist: give the directory'):
+        workdir.read_json(tmp_path / 'config.json')
+    with pytest.raises(BadInput, match=r'cannot be read .IsADirectoryError'):
+        workdir.read_json(tmp_path)
+    (tmp_path / 'config.json').write_bytes(b'\xff\xfe')
+    with pytest.raises(BadInput, match=r'config.json cannot be read .UnicodeDecodeError'):
         workdir.read_json(tmp_path / 'config.json')
     (tmp_path / 'config.json').write_text('{"a":')
     with pytest.raises(BadInput, match=r'config.json is not valid JSON'):
         workdir.read_json(tmp_path / 'config.json')
+
+
+@pytest.mark.parametrize('text', ['dataset,epoch\ndigits,1.5\n', 'dataset,step\ndigits,x\n'])
+def test_a_damaged_history_is_named(tmp_path, text):
+    (tmp_path / 'history.csv').write_text(text)
+    with pytest.raises(BadInput, match='history.csv is damaged .ValueError.*remove it'):
+        workdir.read_history(tmp_path / 'history.csv')
 
 
 class Runs:
@@ -134,6 +156,9 @@ def test_run_names_are_readable_and_safe():
     assert workdir.run_name('configs/vit.py', ' small, cifar10', {}) == 'vit-small'
     assert workdir.run_name('configs/vit.py', '', {}) == 'vit'
     assert str(workdir.default_workdir('vit', 'digits')) == 'runs/digits/vit'
+    # Longer than file systems take, and apart in its last letter alone.
+    one, two = (workdir.run_name('vit.py', '', {'field': 'x' * 300 + end}) for end in 'ab')
+    assert len(one) == len(two) == 200 and one != two and one.startswith('vit-field=xxx')
 
 
 def test_one_training_at_a_time(tmp_path):
