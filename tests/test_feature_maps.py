@@ -366,7 +366,7 @@ def test_spare_units_are_learnt(theta_init):
         ({'theta_init': 'relu', 'hidden': 5}, 'hidden is 5; .* needs 6 or more.* 0 for 6'),
         ({'theta_init': 'lecun', 'hidden': -1}, 'hidden is -1; .* needs 1 or more'),
         ({'theta_init': 'lecun', 'projection': W}, "projection is given, but theta_init 'lecun'"),
-        ({'theta_init': 'relu', 'projection': None}, "projection is missing .* but 'none'"),
+        ({'theta_init': 'relu', 'projection': None}, "projection is missing, .* but 'none'"),
         ({'theta_init': 'relu', 'projection': W[:5]}, r'projection is \(5, 4\) .* \(6, 4\)'),
     ],
 )
