@@ -171,7 +171,7 @@ def test_eval_processes_together_cover_each_example_once(split):
         (0, 1, 10, 'positive multiples'),
         (-4, 4, 10, 'The nearest is 4'),
         (6, 4, 10, 'The nearest is 8'),
-        (12, 4, 10, 'the split has 10 examples'),
+        (12, 4, 10, 'there are 10 images to train on'),
     ],
 )
 def test_impossible_batch_sizes_are_refused(batch_size, devices, n, says):

@@ -36,7 +36,7 @@ def test_the_first_signal_is_remembered(number):
 
 def test_a_signal_that_nobody_acted_on_is_not_swallowed():
     """Catches a series of runs that goes on with the next one."""
-    with pytest.raises(interruption.Interrupted, match='ended first'):
+    with pytest.raises(interruption.Interrupted, match='was done first'):
         with interruption.deferred():
             os.kill(os.getpid(), signal.SIGTERM)
 

@@ -556,7 +556,7 @@ def test_a_gradient_that_is_not_finite_is_named(tiny_config, monkeypatch):
 def test_nothing_wrong_is_said_so(tiny_config):
     training = train.prepare(tiny_config, digits())
     said = diagnosis(training, training.state, first_batch(tiny_config))
-    assert said == 'though not when it was done again'
+    assert said == 'but were when the step was done again'
 
 
 def test_a_bad_step_changes_nothing_and_the_state_stands_still(tiny_config, monkeypatch):
