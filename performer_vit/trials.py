@@ -133,6 +133,8 @@ class Trials:
     def __init__(self, workdir: pathlib.Path, storage: str, pruner: str, definition: Mapping):
         self.workdir = workdir
         told = repr(without_password(storage))
+        if not storage:
+            told += f', so {workdir / _DATABASE}'
         with self.alone():
             try:
                 self._study = _open(workdir, storage, pruner)

@@ -519,7 +519,7 @@ def test_the_database_lies_in_the_workdir(tmp_path, name):
     assert trials.Trials(tmp_path / name, '', 'none', {}).all() == []
     assert [path.name for path in tmp_path.rglob('*.sqlite3')] == ['study.sqlite3']
     assert (tmp_path / name / 'study.sqlite3').exists()
-    with pytest.raises(BadInput, match=r"a: 'absent' there, 1 here"):
+    with pytest.raises(BadInput, match=r'study.sqlite3, whose study.*\n  a: absent there, 1 here'):
         trials.Trials(tmp_path / name, '', 'none', {'a': 1})
 
 
