@@ -1179,7 +1179,7 @@ def test_the_matrix_is_not_formed_unless_asked_for():
         ),
         (
             {'kernel': 'ftheta', 'theta_init': 'relu', 'projection': 'none'},
-            "projection is missing for theta_init 'relu'",
+            "projection is missing, .* for theta_init 'relu'",
         ),
         (
             {'kernel': 'relu', 'num_features': 4, 'theta_init': 'zeros'},
