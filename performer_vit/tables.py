@@ -291,7 +291,9 @@ def _draw_comparison(path: pathlib.Path) -> None:
 
 
 def _draw_tokens(path: pathlib.Path) -> None:
-    figures.save_model_speed(workdir.read_json(path), path)
+    study = workdir.read_json(path)
+    if len(study['settings']['lengths']) > 1:  # One length makes no curve.
+        figures.save_model_speed(study, path)
 
 
 def _draw_nothing(path: pathlib.Path) -> None:

@@ -660,6 +660,8 @@ def test_bad_arguments_are_refused_before_any_work(offline):
         datasets.load('cifar10', validation_fraction=-0.1, notify=pytest.fail)
     with pytest.raises(BadInput, match='seed of the split is -1'):
         datasets.load('cifar10', split_seed=-1, notify=pytest.fail)
+    with pytest.raises(BadInput, match='~nobodyatall/x begins with a home directory that there is'):
+        datasets.load('cifar10', data_dir='~nobodyatall/x', notify=pytest.fail)
 
 
 def test_the_probe_leaves_room_in_thirty_seconds():

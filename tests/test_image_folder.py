@@ -241,6 +241,20 @@ def test_load_checks_what_belongs_to_folders():
         datasets.load('folder', data_dir='/nowhere')
 
 
+def test_what_the_system_refuses_is_named(folder, monkeypatch):
+    """Catches tracebacks for links in a circle, and for more images than memory holds."""
+    (folder / 'circle').symlink_to(folder / 'circle')
+    with pytest.raises(BadInput, match='circle.* (in which not all can be read|is not a dir)'):
+        datasets.load('folder', data_dir=str(folder / 'circle'))
+
+    def refuse(*_):
+        raise MemoryError
+
+    monkeypatch.setattr(image_folder.np, 'empty', refuse)
+    with pytest.raises(BadInput, match=r'16 images of 4096×4096 pixels need 0.8 GiB of memory'):
+        image_folder.read(folder, 4096)
+
+
 def test_a_folder_trains(folder, tmp_path_factory):
     """By the same command as any other data set, and with images of another size."""
     config = make_tiny_config()

@@ -190,6 +190,11 @@ def test_tokens_say_times_and_speeds(tmp_path):
     readme.write_text('<!-- begin tokens tokens.json -->\n<!-- end -->\n')
     tables.main(['tables', str(readme)])
     assert text in readme.read_text()
+    assert not (tmp_path / 'tokens.png').exists()  # One length makes no curve.
+    study['settings']['lengths'].append(256)
+    study['rows'] += [{**row, 'length': 256} for row in study['rows']]
+    workdir.write_json(path, study)
+    tables.main(['tables', str(readme)])
     assert (tmp_path / 'tokens.png').stat().st_size > 5000
 
 

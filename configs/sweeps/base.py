@@ -29,5 +29,6 @@ def section() -> ConfigDict:
     sweep.num_trials = 40  # Of all processes together; may be raised later.
     sweep.minutes = 0.0  # After which a process begins no further trial; 0: no limit.
     sweep.num_folds = 0  # Folds of a cross-validation of each trial; 0: the validation split.
-    sweep.storage = ''  # URL of a database; '': study.sqlite3 in the workdir.
+    # URL of a database, whose password is written nowhere; '': study.sqlite3 in the workdir.
+    sweep.storage = ''
     return sweep
