@@ -25,26 +25,28 @@ _PROCESS_ID = flags.DEFINE_integer('process_id', None, "This one's number, from 
 _CLUSTER = flags.DEFINE_bool(
     'cluster', False, 'Join the processes that Slurm, Kubernetes, Open MPI or Cloud TPU started.'
 )
-# What each mode does, and whether it reads a finished run or trains from a --config.
+# What each mode does, and the module and function that do it.
 _MODES = {
-    'train': 'train, test and report',
-    'evaluate': 'test and report again, from a --workdir',
-    'inspect': 'draw what the model of a --workdir attends to and which errors it makes',
-    'crossval': 'train and score on each of dataset.num_folds folds in turn',
-    'compare': 'train several configs with several seeds, see configs/comparisons/',
-    'ablate': 'train a config and changes of it, one at a time, see configs/ablations/',
-    'sweep': 'search for hyperparameters, see configs/sweeps/',
-}
-# The module and the function that do it.
-_ACTIONS = {
-    'train': ('train', 'train'),
-    'evaluate': ('evaluate', 'evaluate_run'),
-    'inspect': ('inspection', 'inspect_run'),
-    'crossval': ('crossval', 'cross_validate'),
-    'compare': ('variants', 'compare'),
-    'ablate': ('variants', 'ablate'),
-    'sweep': ('sweep', 'sweep'),
-}
+    'train': ('train, test and report', 'train', 'train'),
+    'evaluate': ('test and report again, from a --workdir', 'evaluate', 'evaluate_run'),
+    'inspect': (
+        'draw what the model of a --workdir attends to and which errors it makes',
+        'inspection', 'inspect_run',
+    ),
+    'crossval': (
+        'train and score on each of dataset.num_folds folds in turn',
+        'crossval', 'cross_validate',
+    ),
+    'compare': (
+        'train several configs with several seeds, see configs/comparisons/',
+        'variants', 'compare',
+    ),
+    'ablate': (
+        'train a config and changes of it, one at a time, see configs/ablations/',
+        'variants', 'ablate',
+    ),
+    'sweep': ('search for hyperparameters, see configs/sweeps/', 'sweep', 'sweep'),
+}  # fmt: skip
 _READING = ('evaluate', 'inspect')
 # Modes whose configs have a section of that name, and where such configs are.
 _SECTIONS = {
@@ -53,7 +55,10 @@ _SECTIONS = {
     'sweep': 'configs/sweeps/',
 }
 _MODE = flags.DEFINE_enum(
-    'mode', 'train', list(_MODES), '. '.join(f'{mode}: {what}' for mode, what in _MODES.items())
+    'mode',
+    'train',
+    list(_MODES),
+    '. '.join(f'{mode}: {what}' for mode, (what, *_) in _MODES.items()),
 )
 
 
@@ -71,7 +76,7 @@ def _main(argv: list[str]) -> None:
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     # Orbax, scikit-learn and Optuna take seconds to import; a mistyped flag should not, nor should
     # one mode pay for another's.
-    module, function = _ACTIONS[mode]
+    _, module, function = _MODES[mode]
     action = getattr(importlib.import_module(f'performer_vit.{module}'), function)
     try:
         if mode in _READING:

@@ -35,6 +35,7 @@ from performer_vit import (
     datasets,
     environment,
     figures,
+    files,
     flops,
     input_pipeline,
     model_speed,
@@ -371,8 +372,7 @@ def _check_flags(name: str) -> None:
     if path.is_dir():
         raise BadInput(f'--json={path} is a directory; give a file, such as {path / "FILE.json"}.')
     try:
-        with tempfile.TemporaryFile(dir=path.absolute().parent):
-            pass
+        files.try_to_write(path.absolute().parent)
     except OSError as error:
         raise BadInput(
             f'nothing can be written beside --json={path} ({error.strerror or error}): give '

@@ -4,6 +4,7 @@ import contextlib
 import errno
 import os
 import pathlib
+import tempfile
 import uuid
 from collections.abc import Iterator
 
@@ -28,6 +29,12 @@ def replacing(path: str | os.PathLike) -> Iterator[pathlib.Path]:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def try_to_write(directory: str | os.PathLike) -> None:
+    """Raises `OSError` unless files can be made in a directory; leaves none there."""
+    with tempfile.TemporaryFile(dir=directory):
+        pass
 
 
 def remove_unfinished(directory: pathlib.Path) -> None:

@@ -10,7 +10,6 @@ import io
 import json
 import os
 import pathlib
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
@@ -177,9 +176,7 @@ def check_writable(workdir: str | os.PathLike) -> None:
     """Raises `BadInput` unless files can be made in the directory, or where it would be made."""
     workdir = pathlib.Path(workdir).absolute()
     try:
-        existing = next(path for path in (workdir, *workdir.parents) if path.exists())
-        with tempfile.TemporaryFile(dir=existing):
-            pass
+        files.try_to_write(next(path for path in (workdir, *workdir.parents) if path.exists()))
     except OSError as error:
         raise BadInput(_not_writable(workdir, error)) from error
 
@@ -289,7 +286,8 @@ def differences(theirs: Mapping, ours: Mapping) -> list[str]:
     return [
         f'  {field}: {_value(theirs, field)} there, {_value(ours, field)} here'
         for field in sorted(set(theirs) | set(ours))
-        if field not in _FREE and _value(theirs, field) != _value(ours, field)
+        if field not in _FREE
+        and ((field in theirs, theirs.get(field)) != (field in ours, ours.get(field)))
     ]
 
 

@@ -55,6 +55,9 @@ def test_another_config_is_refused_with_the_difference(tmp_path):
         workdir.claim(tmp_path, CONFIG, 'cifar10')
     with pytest.raises(BadInput, match=r'model.depth: absent there, 2 here'):
         workdir.claim(tmp_path, {**CONFIG, 'model': {**CONFIG['model'], 'depth': 2}}, 'digits')
+    # Equal numbers are no difference; a field that is None is not one that is missing.
+    assert not workdir.differences({'rate': 1}, {'rate': 1.0})
+    assert workdir.differences({}, {'rate': None}) == ['  rate: absent there, None here']
 
 
 def test_a_workdir_that_cannot_be_written(tmp_path):
