@@ -795,7 +795,7 @@ def test_tensorboard_compares_runs_by_their_last_numbers(tmp_path):
         assert session.get('test/accuracy') == (0.625 if number else None)
 
 
-@pytest.mark.parametrize('path', ['vit', 'performer_relu', 'grid'])
+@pytest.mark.parametrize('path', ['vit', 'performer_relu', 'recipe', 'grid'])
 @pytest.mark.parametrize('arguments', ['', 'cifar100', 'cifar10,study'])
 def test_the_shipped_sweeps_begin(tmp_path, monkeypatch, path, arguments):
     """Their spaces are checked for real and have a first trial, which is not trained here."""
