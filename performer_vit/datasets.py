@@ -221,9 +221,9 @@ def from_arrays(
             f'{test.images.shape[1:]}; both must be the same (h, w, c). Resize one of them.'
         )
     if fold >= 0:
-        train, validation = _hold_out_fold(full, num_folds, fold, split_seed)
+        train, validation = _hold_out_fold(full, class_names, num_folds, fold, split_seed)
     else:
-        train, validation = _split(full, validation_fraction, split_seed)
+        train, validation = _split(full, class_names, validation_fraction, split_seed)
     mean, std = _statistics(train.images)
     return Dataset(name, class_names, train, validation, test, mean, std, flip)
 
@@ -286,7 +286,9 @@ def _check(what: str, images: np.ndarray, labels: np.ndarray, num_classes: int) 
     return Split(images, labels.astype(np.int32))
 
 
-def _split(full: Split, fraction: float, seed: int) -> tuple[Split, Split | None]:
+def _split(
+    full: Split, class_names: Sequence[str], fraction: float, seed: int
+) -> tuple[Split, Split | None]:
     """Holds out `fraction` of `full`, stratified by class: a pure function of (labels, seed)."""
     if fraction == 0:
         return full, None
@@ -304,7 +306,8 @@ def _split(full: Split, fraction: float, seed: int) -> tuple[Split, Split | None
     for part in parts:
         missing = np.setdiff1d(classes, part.labels)
         if len(missing):
-            raise BadInput(_too_few(full, fraction, f'class {missing[0]} is in one part only'))
+            name = class_names[missing[0]]
+            raise BadInput(_too_few(full, fraction, f'class {name!r} is in one part only'))
     return parts[0], parts[1]
 
 
@@ -312,7 +315,9 @@ def _part(full: Split, indices: np.ndarray) -> Split:
     return Split(full.images[indices], full.labels[indices])
 
 
-def _hold_out_fold(full: Split, num_folds: int, fold: int, seed: int) -> tuple[Split, Split]:
+def _hold_out_fold(
+    full: Split, class_names: Sequence[str], num_folds: int, fold: int, seed: int
+) -> tuple[Split, Split]:
     """All folds but one, and that one: stratified, a pure function of (labels, folds, seed)."""
     from sklearn.model_selection import StratifiedKFold
 
@@ -322,7 +327,7 @@ def _hold_out_fold(full: Split, num_folds: int, fold: int, seed: int) -> tuple[S
         allowed = f'set dataset.num_folds to a number from 2 to {least}, or ' * (least > 1)
         raise BadInput(
             f'dataset.num_folds is {num_folds}, but each fold needs an image of each class, and '
-            f'class number {classes[counts.argmin()]}, counted from 0, has {least} for training: '
+            f'class {class_names[classes[counts.argmin()]]!r} has {least} for training: '
             f'{allowed}give more images.'
         )
     splitter = StratifiedKFold(num_folds, shuffle=True, random_state=seed)
@@ -387,10 +392,11 @@ def _digits(held_out: dict) -> Dataset:
     digits = load_digits()
     grey = np.rint(_resize(digits.images * (255 / 16), _SIZE)).astype(np.uint8)
     full = Split(np.repeat(grey[..., None], 3, axis=-1), digits.target.astype(np.int32))
-    train, test = _split(full, _DIGITS_TEST_FRACTION, _DIGITS_TEST_SEED)
+    class_names = [str(digit) for digit in range(10)]
+    train, test = _split(full, class_names, _DIGITS_TEST_FRACTION, _DIGITS_TEST_SEED)
     return from_arrays(
         'digits',
-        [str(digit) for digit in range(10)],
+        class_names,
         train.images,
         train.labels,
         test.images,

@@ -136,7 +136,7 @@ def test_statistics_are_those_of_the_training_part():
         ({'num_folds': 0}, r'dataset\.num_folds is 0'),
         (
             {'num_folds': 200},
-            r'num_folds is 200.*number 8, .*has 139 for training: set.*from 2 to 139',
+            r"num_folds is 200.*class '8' has 139 for training: set.*from 2 to 139",
         ),
         ({'fold': 2}, r'takes every fold in turn'),
     ],

@@ -638,7 +638,7 @@ def _with_nan():
         (dict(test_labels=np.array([0, -1])), 'test label at index 1 is -1'),
         (dict(test_images=np.zeros((2, 5, 4, 3), np.uint8)), r'\(5, 4, 3\)'),
         (dict(labels=np.arange(20) // 19), '1 in the smallest class'),
-        (dict(labels=np.arange(20) // 18), 'class 1 is in one part only'),
+        (dict(labels=np.arange(20) // 18), "class 'b' is in one part only"),
         (dict(fraction=0.01), 'with dataset.validation_fraction 0.01 of them held out'),
         (dict(fraction=1.0), 'validation_fraction is 1.0'),
         (dict(fraction=float('nan')), 'validation_fraction is nan'),
