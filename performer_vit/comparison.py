@@ -13,6 +13,7 @@ from performer_vit import timing, workdir
 from performer_vit.errors import BadInput
 
 CONFIDENCE = 0.95
+_ROUNDING = 1e-9  # Of a difference: what is smaller beside it is none.
 NOTHING = '–'  # In a table, what was not measured or has no spread.
 
 # What runs of one comparison may differ in: the kernel with the fields that only its own features
@@ -83,17 +84,20 @@ def paired(values: Mapping[int, float], baseline: Mapping[int, float]) -> dict |
     Returns:
       `mean` of the n differences, `low` and `high`: mean ± t · s/√n, the interval that holds the
       expected difference with `CONFIDENCE` where differences are normal, `p`: the two-sided
-      probability of a mean as far from 0 where the expectation is 0, and `n`. None with fewer than
-      two seeds, which have no spread.
+      probability of a mean as far from 0 where the expectation is 0, and `n`. None where there is
+      no spread to judge by: of fewer than two seeds, or of differences that are all the same and
+      not 0, as those of few test images may be by chance.
     """
     seeds = sorted(set(values) & set(baseline))
     differences = [values[seed] - baseline[seed] for seed in seeds]
     if len(seeds) < 2:
         return None
     mean, deviation = mean_and_deviation(differences)
+    if not any(differences):
+        return {'mean': 0.0, 'low': 0.0, 'high': 0.0, 'p': 1.0, 'n': len(seeds)}
+    if deviation < _ROUNDING * abs(mean):
+        return None
     error = deviation / len(seeds) ** 0.5
-    if not error:
-        return {'mean': mean, 'low': mean, 'high': mean, 'p': float(mean == 0), 'n': len(seeds)}
     student = stats.t(len(seeds) - 1)
     reach = student.ppf((1 + CONFIDENCE) / 2) * error
     return {

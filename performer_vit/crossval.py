@@ -69,7 +69,7 @@ def cross_validate(config, workdir: str | os.PathLike | None = None, run_name: s
         )
         folds.append(run_fold(config, fold, workdir / f'fold_{fold}'))
     results = _report(config, dataset.class_names, folds, workdir)
-    progress.say(dataset.name, _text(results))
+    progress.say(dataset.name, typeset.markdown(*table_of_folds(results)))
     progress.say(dataset.name, f'Everything is in {workdir}')
     return results
 
@@ -173,7 +173,7 @@ def learning_curves(results: Mapping) -> Figure:
 
 
 def table_of_folds(results: Mapping) -> tuple[list[str], list[list[str]]]:
-    """Head and lines of the folds' table, mean ± standard deviation last."""
+    """Head and lines of the folds' table; last mean ± standard deviation, and the interval."""
     head = ['fold', 'validation accuracy', 'loss (nats)', 'epochs', 's/epoch']
     lines = [
         [
@@ -185,13 +185,9 @@ def table_of_folds(results: Mapping) -> tuple[list[str], list[list[str]]]:
         ]
         for number, fold in enumerate(results['folds'])
     ]
-    mean = comparison.percent(results, 'validation_accuracy')
-    return head, [*lines, ['mean', mean, '', '', '']]
-
-
-def _text(results: Mapping) -> str:
     low, high = (100 * results[f'validation_accuracy_{end}'] for end in ('low', 'high'))
-    return (
-        f'{typeset.markdown(*table_of_folds(results))}\n'
-        f'95 % interval of the mean: {low:.2f} % to {high:.2f} %'
-    )
+    of_all = {
+        'mean': comparison.percent(results, 'validation_accuracy'),
+        '95 % interval of the mean': f'{low:.2f} to {high:.2f} %',
+    }
+    return head, [*lines, *([name, text, '', '', ''] for name, text in of_all.items())]

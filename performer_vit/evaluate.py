@@ -16,7 +16,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import jax_utils
-from sklearn.metrics import classification_report
 
 from performer_vit import (
     checkpoints,
@@ -186,6 +185,9 @@ def report(labels: np.ndarray, log_probabilities: np.ndarray, class_names: Seque
         BadInput: if shapes, labels or names do not fit together, or if the log-probabilities are
             not finite or not normalised (logits, say).
     """
+    # Takes seconds, which a training need not wait for: only its end reports.
+    from sklearn.metrics import classification_report
+
     labels, log_probabilities = _pair(labels, log_probabilities)
     num_classes = log_probabilities.shape[1]
     names = [str(name) for name in class_names]

@@ -27,7 +27,6 @@ from matplotlib.patches import Patch
 from matplotlib.patheffects import withStroke
 from matplotlib.ticker import LogLocator, MaxNLocator
 from PIL import Image
-from sklearn.metrics import confusion_matrix
 
 from performer_vit import files
 from performer_vit import workdir as run_directory
@@ -217,10 +216,10 @@ def learning_bands(histories: Mapping[str, Sequence[Sequence[dict]]], title: str
     figure = _figure(title, height=4 + len(histories) / 12)
     loss, accuracy = figure.subplots(1, 2)
     styles = model_styles(list(histories))
-    most = 1
+    numbers = [len(runs) for runs in histories.values()]
+    most = max(numbers)
     for model, runs in histories.items():
         common = min(len(run) for run in runs)
-        most = max(most, len(runs))
         epochs = np.arange(1, common + 1)
         for axes, field, scale in (
             (loss, 'validation_loss', 1),
@@ -247,7 +246,8 @@ def learning_bands(histories: Mapping[str, Sequence[Sequence[dict]]], title: str
     labels = [_short(variant_name(model), 34) for model in histories]
     if most > 1:
         handles.append(Patch(color=NEUTRAL, alpha=2 * BAND))
-        labels.append(f'± standard deviation of {most} runs')
+        runs = f'{most} runs' if min(numbers) == most else f'up to {most} runs'
+        labels.append(f'± standard deviation of {runs}')
     _legend_below(figure, handles, labels, columns=3)
     return figure
 
@@ -581,18 +581,18 @@ def accuracy_by_time(rows: Sequence[dict]) -> Figure:
     if not rows:
         raise BadInput('there are no runs; a curve of accuracy against time needs one or more.')
     variants = list(dict.fromkeys(variant(row) for row in rows))
-    colours = {name: style['color'] for name, style in model_styles(variants).items()}
-    subject = variant_name(variants[0]) if len(variants) == 1 else 'ViT and Performers'
+    styles = model_styles(variants)
+    subject = variant_name(variants[0]) if len(variants) == 1 else 'Comparison'
     dataset = DATASET_NAMES.get(rows[0]['dataset'], rows[0]['dataset'])
     figure = _figure(f'{subject} on {dataset}', height=4.2)
     axes = figure.subplots()
     for row in rows:
-        colour = colours[variant(row)]
+        style = styles[variant(row)]
         minutes = np.cumsum([epoch['seconds'] for epoch in row['history']]) / 60
         values = [100 * _number(epoch['validation_accuracy']) for epoch in row['history']]
-        axes.plot(minutes, values, '-o', color=colour, markersize=4, linewidth=1.6)
+        axes.plot(minutes, values, **style, markersize=4, linewidth=1.6)
         axes.plot(
-            minutes[-1], 100 * row['test_accuracy'], '*', color=colour, markersize=15,
+            minutes[-1], 100 * row['test_accuracy'], '*', color=style['color'], markersize=15,
             markeredgecolor='white', zorder=3,
         )  # fmt: skip
     if len(rows) == 1:
@@ -609,7 +609,7 @@ def accuracy_by_time(rows: Sequence[dict]) -> Figure:
     axes.set_xlabel(textwrap.fill(f'training (minutes on {devices})', 80))
     axes.set_ylabel('accuracy (%)')
     _tidy(axes)
-    handles = [Line2D([], [], color=colours[name], linewidth=2) for name in variants]
+    handles = [Line2D([], [], **styles[name], linewidth=2, markersize=5) for name in variants]
     names = [variant_name(name) for name in variants]
     handles += [
         Line2D([], [], color=NEUTRAL, marker='o', markersize=4),
@@ -751,6 +751,8 @@ def draw(
     Raises:
         BadInput: if the kernel is unknown, or the names do not fit the predictions.
     """
+    from sklearn.metrics import confusion_matrix  # Takes seconds to import.
+
     title = run_title(results)
     names = results['class_names']
     colour = MODEL_COLOURS[results['kernel']]

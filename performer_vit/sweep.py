@@ -26,7 +26,7 @@ from performer_vit import space as search_space
 from performer_vit import workdir as run_directory
 from performer_vit.errors import BadInput, choose, one_line, unlike
 from performer_vit.space import Space
-from performer_vit.trials import PRUNERS, Trial, Trials, without_password
+from performer_vit.trials import PRUNERS, Trial, Trials, check_storage, without_password
 
 _FIELDS = (
     'space', 'conditions', 'sampler', 'pruner', 'num_trials', 'minutes', 'num_folds', 'seed',
@@ -78,7 +78,12 @@ def sweep(config, workdir: str | os.PathLike | None = None, run_name: str = 'run
     proposals.check(space, section.sampler)
     name = f'{run_name}-sweep'
     run_directory.check_writable(workdir or run_directory.default_workdir(name, ''))
-    dataset = crossval.load_fold(_scored(base, section.num_folds))
+    try:
+        dataset = crossval.load_fold(_scored(base, section.num_folds))
+    except BadInput as error:
+        if not section.num_folds:
+            raise
+        raise BadInput(str(error).replace('dataset.num_folds', 'sweep.num_folds')) from error
     if dataset.validation is None:
         raise BadInput(
             'the data set has no validation split to score trials on: set '
@@ -105,17 +110,24 @@ def sweep(config, workdir: str | os.PathLike | None = None, run_name: str = 'run
             if trials:
                 raise
             raise BadInput(
-                f'there is nothing to try: {error}. Change sweep.space or sweep.conditions.'
+                f'there is nothing to try: {error}. Change sweep.space, sweep.conditions or '
+                'the config.'
             ) from error
 
     directory = pathlib.Path(workdir or run_directory.default_workdir(name, dataset.name))
-    if not (directory / 'config.json').exists():
+    is_new = not (directory / 'config.json').exists()
+    if is_new:
         propose([])  # Where nothing can be tried, before there is a directory.
     told = {**config.to_dict(), 'mode': 'sweep'}
     told['sweep'] |= {'storage': without_password(section.storage)}
     directory = run_directory.claim(directory, told, dataset.name)
     definition = run_directory.read_json(directory / 'config.json')
-    trials = Trials(directory, section.storage, section.pruner, definition)
+    try:
+        trials = Trials(directory, section.storage, section.pruner, definition)
+    except BadInput:
+        if is_new:  # Else the config, once mended, would be another one's there.
+            (directory / 'config.json').unlink(missing_ok=True)
+        raise
     _work(trials, section, space, base, dataset, propose)
     with trials.alone():
         results = sweep_report.write(trials.all(), section, space, base, dataset.name, directory)
@@ -170,6 +182,7 @@ def _check(config) -> None:
         raise BadInput(
             f"sweep.storage is {section.storage!r}; set it to the URL of a database, or to ''."
         )
+    check_storage(section.storage)
 
 
 def _changed(base, values: Mapping):
@@ -254,8 +267,8 @@ def _run(trial: Trial, config, dataset: datasets.Dataset, num_folds: int) -> Non
         state = TrialState.PRUNED
     except (FloatingPointError, memory.TooLargeError) as error:
         state, message = TrialState.FAIL, str(error)
-    except jax.errors.JaxRuntimeError as error:
-        if 'RESOURCE_EXHAUSTED' not in str(error):
+    except (jax.errors.JaxRuntimeError, MemoryError) as error:
+        if not isinstance(error, MemoryError) and 'RESOURCE_EXHAUSTED' not in str(error):
             raise
         state, message = TrialState.FAIL, f'more memory needed than there is: {one_line(error)}'
     trial.finish(

@@ -48,9 +48,12 @@ def draw(
         if len({trial.value for trial in complete}) > 1 and len(set(shares.values())) > 1:
             drawn['param_importances'] = _importances(study, title)
         else:
-            lines.append(
-                'No figure param_importances: the complete trials are too few or too much alike.'
+            reason = (
+                'a single field was searched'
+                if len(names) == 1
+                else 'the complete trials are too few or too much alike'
             )
+            lines.append(f'No figure param_importances: {reason}.')
     return drawn, lines
 
 

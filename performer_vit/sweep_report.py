@@ -189,9 +189,10 @@ def ending(results: Mapping, undrawn: Sequence[str], workdir: pathlib.Path) -> s
     if results['best'] is None:
         lines.append('No trial is complete, so there is no best_config.py.')
     else:
+        best = _name(results['best'])
         lines.append(
-            f'Best: {_name(results["best"])}, {_percent(results["best"]["value"])}. To train and '
-            f'test it: python run.py --config={workdir / "best_config.py"}'
+            f'Best: {best}, {_percent(results["best"]["value"])}. To train and test it: '
+            f'python run.py --config={workdir / "best_config.py"} --workdir={workdir}-{best}'
         )
     return '\n'.join([*lines, f'Everything is in {workdir}'])
 

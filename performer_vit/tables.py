@@ -89,13 +89,7 @@ def chaos_table(path: pathlib.Path) -> str:
 def crossval_table(path: pathlib.Path) -> str:
     """A line a fold of a cross-validation, their mean, and its interval."""
     results = workdir.read_json(path)
-    low, high = (100 * results[f'validation_accuracy_{end}'] for end in ('low', 'high'))
-    parts = [
-        typeset.markdown(*crossval.table_of_folds(results)),
-        f'95 % interval of the mean: {low:.2f} % to {high:.2f} %.',
-        _origin([results]),
-    ]
-    return '\n\n'.join(parts)
+    return f'{typeset.markdown(*crossval.table_of_folds(results))}\n\n{_origin([results])}'
 
 
 def sweep_table(path: pathlib.Path) -> str:

@@ -63,7 +63,6 @@ def check(config) -> None:
 
 def check_scored(config) -> None:
     """What `check` does, and `BadInput` for what cannot be where validation is the score."""
-    _check(config)
     if not config.dataset.validation_fraction and config.dataset.fold < 0:
         raise BadInput(
             'dataset.validation_fraction is 0, but the validation split is what scores this run: '
@@ -74,6 +73,7 @@ def check_scored(config) -> None:
             f'early_stopping_patience is {config.early_stopping_patience}, but the validation '
             'split is what scores this run, and must not choose when it stops: set it to 0.'
         )
+    _check(config)
 
 
 def _check(config) -> None:
@@ -438,6 +438,9 @@ def _run(
             if is_last or (epoch + 1) % config.checkpoint.every_epochs == 0:
                 shown.flush()
                 saved.save(cluster.first_replica(state), history)
+            # First: where `on_epoch` ends this run, the run after it would not hear of the signal.
+            if asked_to_stop() and not is_last:
+                _save_and_stop(saved, state, history, seconds)
             on_epoch(row)
             shown.resume(end)
         saved.wait()

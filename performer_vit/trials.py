@@ -23,6 +23,10 @@ from performer_vit import workdir as run_directory
 from performer_vit.errors import BadInput, one_line
 
 _DATABASE = 'study.sqlite3'
+# Of a trial: how many processes have begun to work on it since its last step that was reported and
+# have not let go of it in good order. Where they all died, the trial may be what kills them.
+_BEGUN = 'begun'
+_MOST_DEATHS = 5
 PRUNERS = ('none', 'median', 'successive_halving')
 STATES = {
     TrialState.COMPLETE: 'complete',
@@ -55,6 +59,20 @@ def without_password(storage: str) -> str:
         return storage
 
 
+def check_storage(storage: str) -> None:
+    """Raises `BadInput` for a database in memory, which would end with this process."""
+    try:
+        url = make_url(storage) if storage else None
+    except (ArgumentError, ValueError):  # No URL, as the database will say.
+        return
+    if url and url.get_backend_name() == 'sqlite' and url.database in (None, '', ':memory:'):
+        raise BadInput(
+            f'sweep.storage is {storage!r}, a database in memory, which would be lost with this '
+            "process: give one in a file, such as sqlite:////DIR/FILE, or '' for a file in the "
+            'workdir.'
+        )
+
+
 class Trial:
     """A trial that this process works on, until `close`.
 
@@ -77,9 +95,11 @@ class Trial:
         self.combination = dict(frozen.params)
         self.directory = directory
         self.continued = continued
+        self._finished = False
         self._reported = set(frozen.intermediate_values)
         self._study = study
         self._trial = optuna.Trial(study, frozen._trial_id)
+        self._trial.set_user_attr(_BEGUN, frozen.user_attrs.get(_BEGUN, 0) + 1)
         self._lock = lock
 
     def is_pruned(self, step: int, value: float, *, last: bool) -> bool:
@@ -87,16 +107,18 @@ class Trial:
         if step not in self._reported:
             self._trial.report(value, step)
             self._reported.add(step)
-        # After the last step there is nothing to save.
-        return not last and self._trial.should_prune()
+            self._trial.set_user_attr(_BEGUN, 1)
+        # After the last step there is nothing to save; and where a trial goes on, its earlier steps
+        # were judged, by what was known then.
+        return not last and step == max(self._reported) and self._trial.should_prune()
 
     def finish(
         self,
         state: TrialState,
         value: float | None = None,
         *,
-        epochs: int,
-        seconds: float,
+        epochs: int | None,
+        seconds: float | None,
         message: str | None = None,
     ) -> None:
         """Writes how and where the trial ended; a pruned one keeps its last reported value."""
@@ -110,10 +132,15 @@ class Trial:
         for name, note in notes.items():
             self._trial.set_user_attr(name, note)
         self._study.tell(self.number, value, state)
+        self._finished = True
 
     def close(self) -> None:
         """Lets go of the trial: if it is not finished, another process may go on with it."""
-        self._lock.close()
+        try:
+            if not self._finished:
+                self._trial.set_user_attr(_BEGUN, 0)
+        finally:
+            self._lock.close()
 
 
 class Trials:
@@ -154,6 +181,7 @@ class Trials:
                 ) from error
             theirs = self._study.user_attrs.get('definition')
             if theirs is None:
+                self._check_new(told)
                 self._study.set_user_attr('definition', definition)
             elif lines := run_directory.differences(theirs, definition):
                 raise BadInput(
@@ -161,6 +189,19 @@ class Trials:
                     'something else:\n' + '\n'.join(lines) + '\nGive this sweep another --workdir='
                     'DIR or another sweep.storage, or repeat the config of that one to continue it.'
                 )
+
+    def _check_new(self, told: str) -> None:
+        """Raises `BadInput` where a study without a definition is not that of a new sweep."""
+        if any(self.workdir.glob('trial_[0-9]*')):
+            raise BadInput(
+                f'sweep.storage is {told}, which knows nothing of the trials in {self.workdir}: '
+                'restore the database that has them, or give the sweep another --workdir=DIR.'
+            )
+        if self.all():
+            raise BadInput(
+                f'sweep.storage is {told}, whose study {self._study.study_name} has trials of '
+                'something else than this: give the sweep another --workdir=DIR.'
+            )
 
     def alone(self) -> IO:
         """The lock of the whole sweep, for what one worker does at a time; a context manager."""
@@ -200,9 +241,18 @@ class Trials:
                         continue
                     # Its worker may have finished it and let go of it since it was read.
                     trial = self.all()[trial.number]
-                    if trial.state == TrialState.RUNNING:
-                        return self._trial(trial, lock, continued=True)
-                    lock.close()
+                    if trial.state != TrialState.RUNNING:
+                        lock.close()
+                        continue
+                    orphan = self._trial(trial, lock, continued=True)
+                    if trial.user_attrs.get(_BEGUN, 0) < _MOST_DEATHS:
+                        return orphan
+                    orphan.finish(
+                        TrialState.FAIL, epochs=None, seconds=None,
+                        message=f'{_MOST_DEATHS} processes in a row died while they worked on it, '
+                        'none of them after a further step: it may need more memory than there is',
+                    )  # fmt: skip
+                    orphan.close()
             if len(trials) >= num_trials:
                 return None
             new = optuna.trial.create_trial(

@@ -23,6 +23,15 @@ from performer_vit import (
 from performer_vit import workdir as run_directory
 from performer_vit.errors import BadInput
 
+# Fields that decide which images score a run.
+_SCORED = {
+    'compare': ('dataset.name', 'dataset.data_dir'),
+    'ablate': (
+        'dataset.name', 'dataset.data_dir', 'dataset.validation_fraction', 'dataset.split_seed',
+        'dataset.num_folds', 'dataset.fold',
+    ),
+}  # fmt: skip
+
 
 def compare(config, workdir: str | os.PathLike | None = None, run_name: str = 'run') -> dict:
     """Trains and tests every variant of `config.compare` with every seed, and compares them.
@@ -118,6 +127,11 @@ def _change(config, section: str, fields: Mapping[str, object]):
                 f'{section}: a variant changes the seed; set {section}.seeds, which are those of '
                 'every variant, instead.'
             )
+        if field in _SCORED[section]:
+            raise BadInput(
+                f'{section}: a variant changes {field!r}, but all variants must be scored on the '
+                'same images: change other fields, and set this one in the config.'
+            )
         if field not in known:
             raise BadInput(
                 f'{section}: a variant changes {field!r}, which is no field of the config; '
@@ -180,14 +194,19 @@ def _run(
         {'mode': mode},
         dataset.name,
     )
-    runs = [(variant, seed) for seed in section.seeds for variant in variants]
+    runs = {}
+    for seed in section.seeds:
+        for variant in variants:
+            config = variants[variant].copy_and_resolve_references()
+            config.seed = seed
+            directory = workdir / run_directory.directory_name(variant) / f'seed_{seed}'
+            # All of them before the first is trained.
+            run_directory.check_same(directory, config.to_dict(), dataset.name)
+            runs[variant, seed] = config, directory
     rows, diverged, started = [], [], time.perf_counter()
-    for done, (variant, seed) in enumerate(runs):
+    for done, ((variant, seed), (config, directory)) in enumerate(runs.items()):
         left = progress.remaining(started, done, len(runs))
         progress.say(dataset.name, f'Run {done + 1} of {len(runs)}: {variant}, seed {seed}{left}')
-        config = variants[variant].copy_and_resolve_references()
-        config.seed = seed
-        directory = workdir / run_directory.directory_name(variant) / f'seed_{seed}'
         try:
             rows.append({**train_one(config, directory), 'variant': variant})
         except FloatingPointError as error:

@@ -29,6 +29,11 @@ _LONGEST_NAME = 200
 _WHEREABOUTS = ('dataset.data_dir', 'dataset.fallback')
 # What may change when a run goes on; a sweep may go further than it was to go at first.
 _FREE = (*_WHEREABOUTS, 'sweep.num_trials', 'sweep.minutes')
+# Of what was typed, what is no part of a run's name: the directory names the data set that was
+# read, a database may have a password, and a comparison may get further seeds.
+_UNNAMED = (
+    *_FREE, 'dataset.name', 'sweep.storage', 'compare.seeds', 'compare.baseline', 'ablate.seeds',
+)  # fmt: skip
 
 
 def write_text(path: str | os.PathLike, text: str) -> None:
@@ -148,17 +153,11 @@ def default_workdir(run_name: str, dataset_name: str) -> pathlib.Path:
 
 
 def run_name(config_path: str, arguments: str, overrides: Mapping[str, object]) -> str:
-    """A readable name from what was typed: `performer_relu-num_epochs=3`.
-
-    The data set is left out: `default_workdir` names the one that was really read. So is a
-    database, which may have a password.
-    """
+    """A readable name from what was typed: `performer_relu-num_epochs=3`."""
     words = [word.strip() for word in arguments.split(',')]
     words = [word for word in words if word and word not in DATASETS]
     changes = [
-        f'{field}={value}'
-        for field, value in sorted(overrides.items())
-        if field not in (*_FREE, 'dataset.name', 'sweep.storage')
+        f'{field}={value}' for field, value in sorted(overrides.items()) if field not in _UNNAMED
     ]
     name = directory_name('-'.join([pathlib.Path(config_path).stem, *words, *changes]))
     if len(name) <= _LONGEST_NAME:
@@ -240,12 +239,19 @@ def claim(workdir: str | os.PathLike, config: Mapping, dataset_read: str) -> pat
         lists every field that differs.
     """
     workdir = _made(workdir)
-    mine = json.loads(json.dumps({**config, 'dataset_read': dataset_read}))
+    check_same(workdir, config, dataset_read)
     path = workdir / 'config.json'
     if not path.exists():
-        write_json(path, mine)
-        return workdir
-    lines = differences(read_json(path), mine)
+        write_json(path, _definition(config, dataset_read))
+    return workdir
+
+
+def check_same(workdir: str | os.PathLike, config: Mapping, dataset_read: str) -> None:
+    """Raises `BadInput` as `claim` does where another run is in the directory; makes nothing."""
+    path = pathlib.Path(workdir) / 'config.json'
+    if not path.exists():
+        return
+    lines = differences(read_json(path), _definition(config, dataset_read))
     if lines:
         raise BadInput(
             f'the workdir {workdir} holds a run with another config:\n'
@@ -253,7 +259,11 @@ def claim(workdir: str | os.PathLike, config: Mapping, dataset_read: str) -> pat
             + '\nGive this run another --workdir=DIR, or repeat the config of the run there to '
             'continue it.'
         )
-    return workdir
+
+
+def _definition(config: Mapping, dataset_read: str) -> dict:
+    """What config.json holds, as JSON has it."""
+    return json.loads(json.dumps({**config, 'dataset_read': dataset_read}))
 
 
 def read_config(workdir: str | os.PathLike) -> ConfigDict:

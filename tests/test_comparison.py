@@ -50,6 +50,8 @@ def test_one_pair_supports_nothing():
     assert comparison.paired({0: 0.9}, {0: 0.1, 1: 0.1}) is None
     same = comparison.paired({0: 0.5, 1: 0.5}, {0: 0.5, 1: 0.5})
     assert (same['low'], same['high'], same['p']) == (0.0, 0.0, 1.0)
+    # Three test images of 360 more with both seeds: no spread is no certainty.
+    assert comparison.paired({0: 343 / 360, 1: 347 / 360}, {0: 340 / 360, 1: 344 / 360}) is None
 
 
 def test_holm_by_hand():

@@ -322,7 +322,7 @@ def test_a_run_is_inspected_into_files(finished):
     assert numbers['kernel'] == kernel and numbers['dataset'] == 'digits'
     assert set(numbers['left_out']) == ({'attention_gap'} if kernel == 'exact' else set())
     assert (numbers['gap'] is None) == (kernel == 'exact')
-    assert not [path for path in directory.rglob('*.tmp')]
+    assert not [path for path in directory.rglob('*.unfinished')]
 
 
 def captured(run, indices):

@@ -249,6 +249,88 @@ def test_the_median_prunes(tmp_path, trainer, capsys):
     assert f'trial_{pruned["number"]:04d} pruned after 1 epoch:' in capsys.readouterr().out
 
 
+def test_what_was_judged_is_not_judged_again(tmp_path, trainer):
+    """A trial that leads at first and falls behind, stopped after its third epoch, goes on.
+
+    Catches earlier epochs, which a run that goes on repeats, judged by what is known now: the trial
+    would end at its first epoch, with the accuracy of its third.
+    """
+    shared = trials.Trials(tmp_path, '', 'median', {})
+    searched = space.parse((('x', 'uniform', 0.0, 1.0),), (), {'x': 0.0}, grid=False)
+
+    def claim_one():
+        return shared.claim(
+            6,
+            proposals.distributions(searched),
+            lambda seen: proposals.propose(searched, 'random', 0, seen, lambda _: None),
+        )
+
+    for _ in range(5):
+        trial = claim_one()
+        assert not any(trial.is_pruned(step, step / 4, last=step == 4) for step in range(1, 5))
+        trial.finish(TrialState.COMPLETE, 1.0, epochs=4, seconds=1.0)
+        trial.close()
+    values = {1: 0.6, 2: 0.6, 3: 0.6, 4: 0.6}
+    trial = claim_one()
+    assert not trial.is_pruned(1, values[1], last=False)
+    assert not trial.is_pruned(2, values[2], last=False)
+    assert trial.is_pruned(3, values[3], last=False)
+    trial.close()  # Before anyone wrote that down.
+    trial = claim_one()
+    assert trial.continued
+    assert [trial.is_pruned(step, values[step], last=False) for step in (1, 2)] == [False, False]
+    assert trial.is_pruned(3, values[3], last=False)
+    trial.close()
+    trial = claim_one()
+    trial.is_pruned(4, values[4], last=True)
+    trial.close()  # After the last epoch: nothing is left to save.
+    trial = claim_one()
+    assert not any(trial.is_pruned(step, values[step], last=step == 4) for step in values)
+    trial.close()
+
+
+def test_a_trial_that_kills_its_processes_fails_at_last(tmp_path):
+    """Catches a sweep that begins the same trial for ever, and that counts orderly ends."""
+
+    def die():
+        trial = claim(trials.Trials(tmp_path, '', 'none', {}))
+        number, begun = trial.number, trial.continued
+        trial._lock.close()  # As the kernel does when a process dies.
+        return number, begun
+
+    assert [die() for _ in range(3)] == [(0, False), (0, True), (0, True)]
+    trial = claim(trials.Trials(tmp_path, '', 'none', {}))
+    trial.is_pruned(1, 0.5, last=False)  # A further step: it can be trained.
+    trial._lock.close()
+    assert {die() for _ in range(4)} == {(0, True)}
+    trial = claim(trials.Trials(tmp_path, '', 'none', {}))
+    assert trial.number == 1
+    trial.close()
+    shared = trials.Trials(tmp_path, '', 'none', {})
+    failed, going = shared.all()
+    assert (failed.state, going.state) == (TrialState.FAIL, TrialState.RUNNING)
+    assert '5 processes in a row died' in failed.user_attrs['message']
+    for _ in range(7):  # Let go of in good order, as by Ctrl-C.
+        trial = claim(shared)
+        assert trial.number == 1
+        trial.close()
+
+
+def test_a_database_that_knows_nothing_of_the_trials(tmp_path, trainer):
+    """Catches a lost database, after which trials would be numbered and judged anew."""
+    config = config_of(num_trials=1)
+    sweep.sweep(config, tmp_path)
+    (tmp_path / 'study.sqlite3').unlink()
+    with pytest.raises(BadInput, match=r'study\.sqlite3, which knows nothing of the trials in'):
+        sweep.sweep(config_of(num_trials=2), tmp_path)
+    assert len(trainer.configs) == 1
+    storage = f'sqlite:///{tmp_path}/theirs.sqlite3'
+    study = optuna.create_study(storage=storage, study_name=str(tmp_path / 'new'))
+    study.ask()
+    with pytest.raises(BadInput, match=r'has trials of something else than this'):
+        sweep.sweep(config_of(storage=storage), tmp_path / 'new')
+
+
 def test_successive_halving_prunes(tmp_path, trainer):
     """Of equally long trials that get worse, only the first passes the first epoch."""
     trainer.accuracy = lambda config: 0.9 - 0.1 * len(trainer.configs)
@@ -389,6 +471,8 @@ def test_cross_validated_trials(tmp_path, trainer, monkeypatch):
         ({'seed': -1}, r'sweep\.seed is -1'),
         ({'storage': 'mysqlite://nowhere'}, r"sweep\.storage is 'mysqlite://nowhere', a database"),
         ({'storage': 'sqlite:////proc/study'}, r'a database that cannot be used'),
+        ({'storage': 'sqlite://'}, r"sweep\.storage is 'sqlite://', a database in memory"),
+        ({'storage': 'sqlite:///:memory:'}, r'a database in memory, which would be lost'),
         ({'trials': 5}, r'the unknown fields trials; it needs just these: space, conditions'),
         ({'sampler': 'grid'}, r'the number of points of the grid is None'),
         (
@@ -405,7 +489,16 @@ def test_bad_input_is_refused_before_any_training(tmp_path, trainer, fields, mes
         config.sweep.update(fields)
     with pytest.raises(BadInput, match=message):
         sweep.sweep(config, tmp_path)
-    assert not trainer.epochs
+    assert not trainer.epochs and not (tmp_path / 'config.json').exists()
+
+
+def test_too_many_folds_are_those_of_the_sweep(tmp_path, trainer, monkeypatch):
+    """Catches advice to set dataset.num_folds, which a sweep sets itself."""
+    monkeypatch.undo()
+    with pytest.raises(
+        BadInput, match=r'sweep\.num_folds is 200, .*set sweep\.num_folds to a number from 2 to 139'
+    ):
+        sweep.sweep(config_of(num_folds=200), tmp_path)
 
 
 def test_a_trial_that_needs_too_much_memory_fails_and_counts(tmp_path, trainer, monkeypatch):
@@ -446,15 +539,18 @@ def test_a_damaged_database_is_named(tmp_path, trainer):
     assert '\n' not in str(error.value)
 
 
-def test_a_password_is_written_nowhere(tmp_path, trainer):
+def test_a_password_is_written_nowhere(tmp_path, trainer, monkeypatch):
     """Catches one in config.json, in the name of the directory, and in a message."""
     url = 'nosuch://me:secret@host/studies'
+    monkeypatch.setattr(trials, '_open', lambda *_: optuna.create_study(direction='maximize'))
+    sweep.sweep(config_of(storage=url, num_trials=1), tmp_path)
+    monkeypatch.undo()
     with pytest.raises(BadInput, match=r"sweep\.storage is 'nosuch://me:\*\*\*@host") as error:
         sweep.sweep(config_of(storage=url), tmp_path)
     assert 'secret' not in str(error.value)
-    written = [path.read_text() for path in tmp_path.rglob('*') if path.is_file()]
-    assert any('me:***@host' in text for text in written)
-    assert not any('secret' in text for text in written)
+    written = [path.read_bytes() for path in tmp_path.rglob('*') if path.is_file()]
+    assert sum(b'me:***@host' in text for text in written) >= 2
+    assert not any(b'secret' in text for text in written)
     assert workdir.run_name('configs/sweeps/vit.py', '', {'sweep.storage': url}) == 'vit'
     assert trials.without_password('no URL') == 'no URL'
 
@@ -485,7 +581,7 @@ def test_data_without_a_validation_split(tmp_path, trainer, monkeypatch):
         ({'sweep.sampler': 'random'}, r"sweep\.sampler: 'tpe' there, 'random' here"),
         ({'sweep.pruner': 'median'}, r"sweep\.pruner: 'none' there, 'median' here"),
         ({'sweep.num_folds': 2}, r'sweep\.num_folds: 0 there, 2 here'),
-        ({'sweep.storage': 'sqlite://'}, r"sweep\.storage: '' there, 'sqlite://' here"),
+        ({'sweep.storage': 'sqlite:///x'}, r"sweep\.storage: '' there, 'sqlite:///x' here"),
         ({'num_epochs': 9}, r'num_epochs: 4 there, 9 here'),
         ({'dataset.name': 'cifar10'}, r"dataset\.name: 'digits' there, 'cifar10' here"),
     ],
@@ -527,6 +623,8 @@ def test_how_far_a_sweep_goes_is_no_part_of_its_name():
     """Catches a raised num_trials that begins another sweep in a directory of its own."""
     changes = {'sweep.num_trials': 99, 'sweep.minutes': 5.0, 'num_epochs': 3}
     assert workdir.run_name('configs/sweeps/vit.py', '', changes) == 'vit-num_epochs=3'
+    changes = {'compare.seeds': (0, 1), 'compare.baseline': 'relu', 'ablate.seeds': (7,)}
+    assert workdir.run_name('configs/comparisons/kernels.py', '', changes) == 'kernels'
 
 
 def claim(shared):

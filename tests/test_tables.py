@@ -118,7 +118,8 @@ def test_folds_of_a_cross_validation_and_their_interval(tmp_path):
     assert [cells(line)[:2] for line in text.splitlines()[2:5]] == [
         ['0', '80.00 %'], ['1', '82.00 %'], ['mean', '81.00 ± 1.41 %'],
     ]  # fmt: skip
-    assert '70.00 % to 92.00 %' in text and text.endswith('commit 0123456.')
+    assert '| 95 % interval of the mean | 70.00 to 92.00 % |' in text
+    assert text.endswith('commit 0123456.')
     readme = tmp_path / 'README.md'
     readme.write_text('<!-- begin crossval relu.json -->\n<!-- end -->\n')
     tables.main(['tables', str(readme)])

@@ -17,9 +17,11 @@ from tensorboard.util.tensor_util import make_ndarray
 
 from performer_vit import (
     checkpoints,
+    crossval,
     datasets,
     evaluate,
     input_pipeline,
+    interruption,
     muon,
     optimizers,
     train,
@@ -28,7 +30,7 @@ from performer_vit import (
 )
 from performer_vit.errors import BadInput
 from performer_vit.favor import redraw_projections
-from tests.conftest import load_config
+from tests.conftest import load_config, make_tiny_config
 from tests.test_augment import EVERYTHING
 
 CONFIGS = (
@@ -409,6 +411,25 @@ def test_interrupted_and_continued_is_the_uninterrupted_run(finished, tmp_path, 
     assert without_seconds(resumed_history) == without_seconds(history)
     assert again['test_loss'] == results['test_loss']
     assert shown(tmp_path / 'run') == shown(directory)
+
+
+def test_a_signal_at_the_end_of_an_epoch_comes_before_who_ends_the_run(tmp_path, monkeypatch):
+    """Catches a sweep that is stopped while a trial's epoch is validated, prunes, and goes on."""
+    config = make_tiny_config()
+    dataset = crossval.load_fold(config)
+    check = train.raise_if_not_finite
+
+    def stop(row):
+        os.kill(os.getpid(), signal.SIGTERM)
+        check(row)
+
+    monkeypatch.setattr(train, 'raise_if_not_finite', stop)
+    with pytest.raises(interruption.Interrupted, match='has saved step 8'):
+        train.validate(config, dataset, tmp_path / 'run', lambda row: pytest.fail('pruned'))
+    monkeypatch.undo()
+    rows = []
+    train.validate(config, dataset, tmp_path / 'run', rows.append)
+    assert [row['epoch'] for row in rows] == [1, 2]
 
 
 def test_a_checkpoint_of_another_version_is_named(finished):

@@ -29,6 +29,7 @@ def section() -> ConfigDict:
     sweep.num_trials = 40  # Of all processes together; may be raised later.
     sweep.minutes = 0.0  # After which a process begins no further trial; 0: no limit.
     sweep.num_folds = 0  # Folds of a cross-validation of each trial; 0: the validation split.
-    # URL of a database, whose password is written nowhere; '': study.sqlite3 in the workdir.
+    # URL of a database, whose password is written nowhere; '': study.sqlite3 in the workdir, which
+    # all workers share, whichever database they use.
     sweep.storage = ''
     return sweep
