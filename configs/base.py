@@ -177,7 +177,7 @@ def get_config(arguments: str = '') -> ConfigDict:
 
     config.checkpoint = ConfigDict()
     config.checkpoint.every_epochs = 1
-    config.checkpoint.keep = 2  # So many of the latest are kept, and the best.
+    config.checkpoint.keep = 2  # So many of the latest are kept and, as of each, the best.
 
     config.log_every_steps = 20
     config.profile = False  # Trace some steps, from the first report on, for TensorBoard.

@@ -95,7 +95,7 @@ class Checkpoints:
 
     Args:
       directory: where they are, or will be.
-      keep: how many of the latest to keep.
+      keep: how many of the latest to keep; for each of them also the best as of then.
       every_epochs: after how many epochs there is one.
     """
 
@@ -141,9 +141,15 @@ class Checkpoints:
         """
         # A host copy of its own: the step that follows donates the device's buffers.
         state = jax.tree.map(np.array, state)
-        progress = {'rows': history, 'seconds': seconds or 0.0}
-        row = self._best_row(history, ends_run=seconds is None)
-        self._preserved.best = None if row is None else row['step']
+        # A copy of the list as well: it grows while Orbax writes it.
+        progress = {'rows': list(history), 'seconds': seconds or 0.0}
+        rows = self._saved_rows(history, ends_run=seconds is None)
+        # Also the best as of the checkpoints before, down to the oldest that is kept: where the
+        # newest one turns out to be damaged, the run goes on from there, and may end otherwise.
+        self._preserved.best = {
+            _best_row(rows[:count])['step']
+            for count in range(max(1, len(rows) - self._preserved.keep + 1), len(rows) + 1)
+        }
         self._manager.save(
             int(state.step),
             args=ocp.args.Composite(
@@ -235,7 +241,7 @@ class Checkpoints:
         Raises:
           BadInput: its checkpoint is gone.
         """
-        row = self._best_row(history, ends_run=True)
+        row = _best_row(self._saved_rows(history, ends_run=True))
         if row['step'] not in self.steps():
             raise BadInput(
                 f'the checkpoint of step {row["step"]}, the best on validation, is not in '
@@ -243,28 +249,32 @@ class Checkpoints:
             )
         return row
 
-    def _best_row(self, history: list[dict], ends_run: bool) -> dict | None:
-        """Of the rows that have a checkpoint; the last has one if the run ends there."""
-        rows = [
+    def _saved_rows(self, history: list[dict], ends_run: bool) -> list[dict]:
+        """The validated rows that have a checkpoint; the last has one if the run ends there."""
+        return [
             row
             for row in history
             if row['validation_accuracy'] is not None
             and (row['epoch'] % self._every_epochs == 0 or (ends_run and row is history[-1]))
         ]
-        return max(rows, key=lambda row: (row['validation_accuracy'], row['step']), default=None)
+
+
+def _best_row(rows: list[dict]) -> dict:
+    """That with the highest validation accuracy; of equals, the latest."""
+    return max(rows, key=lambda row: (row['validation_accuracy'], row['step']))
 
 
 class _Preserved:
-    """What Orbax asks about which checkpoints to keep: the latest ones and the best."""
+    """What Orbax asks about which checkpoints to keep: the latest ones and the best of each."""
 
     def __init__(self, keep: int):
         self.keep = keep
-        self.best = None
+        self.best = set()  # Steps.
 
     def should_preserve(self, checkpoints: Sequence, *, context) -> list[bool]:
         del context
         latest = sorted(checkpoint.step for checkpoint in checkpoints)[-self.keep :]
-        return [checkpoint.step in (*latest, self.best) for checkpoint in checkpoints]
+        return [checkpoint.step in {*latest, *self.best} for checkpoint in checkpoints]
 
 
 def _digest(state: TrainState, progress: Mapping) -> str:

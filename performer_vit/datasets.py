@@ -6,6 +6,7 @@ NumPy; TensorFlow, TFDS and scikit-learn are imported only by the functions that
 
 import contextlib
 import dataclasses
+import hashlib
 import importlib.util
 import os
 import pathlib
@@ -226,6 +227,18 @@ def from_arrays(
         train, validation = _split(full, class_names, validation_fraction, split_seed)
     mean, std = _statistics(train.images)
     return Dataset(name, class_names, train, validation, test, mean, std, flip)
+
+
+def fingerprints(dataset: Dataset) -> dict[str, object]:
+    """What tells a data set from another one, by name: for JSON, and the same in any process."""
+    splits = {'training': dataset.train, 'validation': dataset.validation, 'test': dataset.test}
+    prints = {'name': dataset.name, 'class names': list(dataset.class_names)}
+    for name, split in splits.items():
+        if split is not None:
+            digest = hashlib.blake2b(np.ascontiguousarray(split.images), digest_size=8)
+            digest.update(np.ascontiguousarray(split.labels))
+            prints[f'{name} images'] = f'{len(split)}, of digest {digest.hexdigest()}'
+    return prints
 
 
 def _check_split(validation_fraction: float, split_seed: int, num_folds: int, fold: int) -> None:
@@ -589,6 +602,9 @@ def _read_prepared(name: str, directory: pathlib.Path):
         class_names = tuple(builder.info.features['label'].names)
         if len(class_names) != _NUM_CLASSES[name]:
             raise ValueError(f'{len(class_names)} class names for {_NUM_CLASSES[name]} classes')
+        shape = builder.info.features['image'].shape
+        if shape != (_SIZE, _SIZE, 3):
+            raise ValueError(f'images of the shape {shape}, where {name} has ({_SIZE}, {_SIZE}, 3)')
         train = _read_split(tfds, builder, 'train')
         test = _read_split(tfds, builder, 'test')
     except MemoryError:

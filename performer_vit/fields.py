@@ -47,8 +47,12 @@ def _number(
     return _Kind(f'a number from {ends}, in float32', holds)
 
 
-def _is_text(value: object) -> bool:
-    return isinstance(value, str) and '\0' not in value
+def is_text(value: object) -> bool:
+    """Whether it is a text that a file of text can hold and that can be part of a path."""
+    try:
+        return isinstance(value, str) and b'\0' not in value.encode('utf-8')
+    except UnicodeEncodeError:  # Half a character, as Python makes of a path that is no UTF-8.
+        return False
 
 
 def _are_grids(value: object) -> bool:
@@ -62,7 +66,7 @@ def _are_grids(value: object) -> bool:
     )
 
 
-_TEXT = _Kind('a text', _is_text)
+_TEXT = _Kind('a text', is_text)
 _BOOLEAN = _Kind('True or False', lambda value: isinstance(value, bool))
 
 FIELDS = {

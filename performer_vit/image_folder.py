@@ -10,8 +10,11 @@ import warnings
 import numpy as np
 
 from performer_vit.errors import BadInput, one_line, shown
+from performer_vit.fields import is_text
 
 SUFFIXES = ('.png', '.jpg', '.jpeg', '.bmp', '.gif', '.webp', '.tif', '.tiff')
+# Named to Pillow, which would else hand PostScript in a file called so to Ghostscript.
+_FORMATS = ('PNG', 'JPEG', 'BMP', 'GIF', 'WEBP', 'TIFF')
 # Pillow itself refuses nothing below 180 million pixels, half a gigabyte of RGB.
 MAX_PIXELS = 50_000_000
 _NAMED = 5  # So many of the files that cannot be used are named.
@@ -38,8 +41,9 @@ def read(
 
     Raises:
         BadInput: no such directory; a split without classes; a class without images, or in one
-            split only; a link that leads out of the directory; files that cannot be decoded or have
-            more than `MAX_PIXELS` pixels, the first of them named, with their number.
+            split only, or whose name is no UTF-8; a link that leads out of the directory; files
+            that cannot be decoded or have more than `MAX_PIXELS` pixels, the first of them named,
+            with their number.
     """
     root = directory.resolve()
     found = {split: _classes(root, split) for split in ('train', 'test')}
@@ -83,6 +87,11 @@ def _classes(root: pathlib.Path, split: str) -> dict[str, list[pathlib.Path]]:
             raise BadInput(
                 f'the class folder {folder} has no images ({", ".join(SUFFIXES)}): add some, or '
                 'remove it.'
+            )
+        if not is_text(folder.name):
+            raise BadInput(
+                f'the class folder {str(folder)!r} has a name that is no UTF-8, so that no report '
+                'could name the class: rename it.'
             )
         for path in (folder, *files):
             if not path.resolve().is_relative_to(root):
@@ -132,7 +141,7 @@ def _open(path: pathlib.Path, size: int) -> np.ndarray:
     with warnings.catch_warnings():
         # The limit below is lower, and an error.
         warnings.simplefilter('ignore', Image.DecompressionBombWarning)
-        image = Image.open(path)
+        image = Image.open(path, formats=_FORMATS)
     with image:
         width, height = image.size
         if width * height > MAX_PIXELS:

@@ -319,8 +319,8 @@ def _fit(
 ) -> dict:
     """The training itself, which `finish` ends: `_test` or `_score`."""
     training = prepare(config, dataset)
-    read = {'name': dataset.name, 'training images': len(dataset.train)}
-    cluster.check_agreement('the data set that they read', read)
+    if jax.process_count() > 1:
+        cluster.check_agreement('the data set that they read', datasets.fingerprints(dataset))
     cluster.check_agreement('their config', run_directory.flatten(config.to_dict()))
     with contextlib.ExitStack() as stack:
         asked = stack.enter_context(interruption.deferred())

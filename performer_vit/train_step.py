@@ -32,8 +32,9 @@ def make_train_step(
     drawn on each device.
 
     A step whose loss, gradient or update is not finite changes no weight, no average and no
-    statistic. The first `config.max_skipped_steps` of them are counted and passed over. The next is
-    the `bad_step`: from it on the state stands still, and is the one that the bad step began with.
+    statistic; random projections that it draws anew are kept, since the next draw may be far. The
+    first `config.max_skipped_steps` of such steps are counted and passed over. The next is the
+    `bad_step`: from it on the state stands still, and is the one that the bad step began with.
     """
     draw = functools.partial(_inputs, config, dataset, steps_per_epoch)
     loss_of = functools.partial(_loss, model.clone(axis_name='batch'))
@@ -56,7 +57,6 @@ def make_train_step(
         averaged = {'params': params, 'batch_stats': batch_stats}
         new = {
             **averaged,
-            'projections': projections,
             'opt_state': opt_state,
             'ema': _moving_average(state, averaged, config.ema_decay),
         }
@@ -65,6 +65,9 @@ def make_train_step(
             functools.partial(jnp.where, finite & ~stopped),
             new,
             {name: getattr(state, name) for name in new},
+        )
+        new['projections'] = jax.tree.map(
+            functools.partial(jnp.where, ~stopped), projections, state.projections
         )
         starts_epoch = state.step % steps_per_epoch == 0
         sums = {'loss': loss, 'accuracy': accuracy, 'steps': 1.0}

@@ -154,6 +154,23 @@ def test_a_step_that_is_asked_for_is_never_another(copied, template):
     manager.close()
 
 
+def test_what_was_the_best_before_the_newest_is_still_there(template, tmp_path):
+    """Where the newest is damaged and trained again otherwise, it may become the best again."""
+    accuracies = {8: 0.5, 16: 0.9, 24: 0.3, 32: 0.4, 40: 0.95, 48: 0.1}
+    rows = [
+        {'epoch': step // 8, 'step': step, 'validation_accuracy': accuracy}
+        for step, accuracy in accuracies.items()
+    ]
+    manager = Checkpoints(tmp_path, 2, every_epochs=1)
+    kept = []
+    for count, step in enumerate(accuracies, 1):
+        manager.save(state_of(template, step), rows[:count])
+        manager.wait()
+        kept.append(manager.steps())
+    assert kept == [[8], [8, 16], [16, 24], [16, 24, 32], [16, 32, 40], [40, 48]]
+    manager.close()
+
+
 def test_the_middle_of_an_epoch_is_never_the_best(template, tmp_path):
     """Catches a checkpoint without a validation of its own that displaces the best one."""
     manager = Checkpoints(tmp_path, 1, every_epochs=1)

@@ -1,6 +1,7 @@
 """Data sets: found, read, checked, split; refused or replaced where they cannot be had."""
 
 import contextlib
+import dataclasses
 import json
 import os
 import pathlib
@@ -193,6 +194,29 @@ def _empty_info(directory):
     (directory / 'dataset_info.json').write_text('')
 
 
+def _other_shape(directory):
+    path = directory / 'features.json'
+    features = json.loads(path.read_text())
+    image = features['featuresDict']['features']['image']['image']['shape']
+    image['dimensions'] = ['28', '28', '1']
+    path.write_text(json.dumps(features))
+
+
+def _other_pixels(directory):
+    """One pixel for an image, which NumPy would spread over all of it."""
+    import tensorflow as tf
+
+    pixel = tf.io.encode_png(np.zeros((1, 1, 3), np.uint8)).numpy()
+    for shard in range(2):
+        path = str(directory / _shard_name('train', shard))
+        records = [bytes(record.numpy()) for record in tf.data.TFRecordDataset(path)]
+        with tf.io.TFRecordWriter(path) as writer:
+            for record in records:
+                example = tf.train.Example.FromString(record)
+                example.features.feature['image'].bytes_list.value[:] = [pixel]
+                writer.write(example.SerializeToString())
+
+
 def _drop_test_split(directory):
     path = directory / 'dataset_info.json'
     info = json.loads(path.read_text())
@@ -210,6 +234,8 @@ def _drop_test_split(directory):
         (lambda d: (d / 'features.json').unlink(), 'features.json'),
         (lambda d: (d / 'label.labels.txt').unlink(), 'label.labels.txt'),
         (lambda d: (d / 'label.labels.txt').write_text('a\nb\n'), '2 class names'),
+        (_other_shape, 'images of the shape (28, 28, 1), where cifar10 has (32, 32, 3)'),
+        (_other_pixels, 'cifar10-train.tfrecord'),
         (_empty_info, ''),
         (_drop_test_split, 'test'),
     ],
@@ -223,6 +249,25 @@ def test_damaged_prepared_directory_is_refused(prepared, damage, names):
     message = str(caught.value)
     assert str(directory) in message and names in message
     assert 'truncated or corrupt' in message and 'prepare cifar10 again' in message
+
+
+def test_fingerprints_tell_data_apart():
+    """Catches processes that train on other pixels, labels, names or splits of one size."""
+    base = _images(images=np.zeros((20, 4, 4, 3), np.uint8))
+    prints = datasets.fingerprints(base)
+    assert prints == json.loads(json.dumps(datasets.fingerprints(_images())))
+    assert set(prints) == {
+        'name', 'class names', 'training images', 'validation images', 'test images'
+    }  # fmt: skip
+    for changes in (
+        {'images': np.ones((20, 4, 4, 3), np.uint8)},
+        {'labels': np.arange(1, 21) % 2},
+        {'test_images': np.ones((2, 4, 4, 3), np.uint8)},
+        {'fraction': 0.5},
+    ):
+        assert datasets.fingerprints(_images(**changes)) != prints
+    other = dataclasses.replace(base, class_names=('a', 'c'))
+    assert datasets.fingerprints(other) != prints
 
 
 def test_real_cifar10():

@@ -137,6 +137,11 @@ def floats(path):
     path.write_bytes(content.getvalue())
 
 
+def postscript(path):
+    """A program, which Pillow would have Ghostscript run."""
+    path.write_text('%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 32 32\n%%EndComments\nshowpage\n')
+
+
 def pipe(path):
     path.unlink()
     os.mkfifo(path)
@@ -152,6 +157,7 @@ def unreadable(path):
     'spoil, says',
     [
         (cut_short, 'truncated'),
+        (postscript, 'cannot identify'),
         (bomb, 'exceeds limit of 178956970 pixels'),
         (small_bomb, '8000×8000 pixels; allowed are 50,000,000'),
         (floats, 'floating-point pixels'),
@@ -198,6 +204,11 @@ def one_class(folder):
         (folder / split / 'cat').rename(folder / f'{split}-cat')
 
 
+def no_text(folder):
+    """As an archive from Latin-1 has it."""
+    (folder / 'train' / 'cat').rename(folder / 'train' / os.fsdecode(b'caf\xe9'))
+
+
 def link(folder):
     (folder / 'train' / 'cat' / '9.png').symlink_to('/etc/hostname')
 
@@ -216,6 +227,7 @@ def link_to_a_folder(folder):
         (class_for_training_only, r"has 1 of its classes in one of train and test only, \['owl'\]"),
         (no_test, 'test is not a directory; .*DIR/test/CLASS/IMAGE'),
         (one_class, 'class folders in .*/train is 1; allowed are 2 or more'),
+        (no_text, r"class folder '.*/train/caf\\udce9' has a name that is no UTF-8, .*: rename it"),
         (link, '9.png is a link to /etc/hostname, outside of'),
         (link_to_a_folder, 'train/owl is a link to .*outside, outside of'),
     ],

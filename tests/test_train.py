@@ -611,6 +611,20 @@ def test_bad_steps_are_passed_over_as_if_they_had_not_been(tiny_config, monkeypa
     assert sums['loss'] == pytest.approx(metrics[0]['loss'] + metrics[1]['loss'])
 
 
+def test_a_draw_that_is_due_in_a_skipped_step_is_kept(tiny_config, monkeypatch):
+    """Catches projections that stay the old ones until the next draw; weights do not change."""
+    with_bad_steps(monkeypatch, 2)
+    tiny_config.max_skipped_steps = 1
+    tiny_config.model.attention.redraw_every = 2
+    states, metrics = train_for(tiny_config, digits(), 4)
+    assert [row['skipped_steps'] for row in metrics] == [0, 0, 1, 1]
+    jax.tree.map(np.testing.assert_array_equal, states[3].params, states[2].params)
+    expected = redraw_projections(
+        states[0].projections, seed=tiny_config.seed, draw_number=1, projection='orthogonal'
+    )
+    jax.tree.map(np.testing.assert_array_equal, states[3].projections, expected)
+
+
 def test_a_run_that_skips_ends_and_says_how_many(tiny_config, tmp_path, monkeypatch, capsys):
     """The images of step 5 alone are not finite, and its epoch's means are of the other steps."""
     original = train.train_step._inputs
@@ -725,6 +739,7 @@ def test_every_config_trains_two_steps(name):
         ('seed', 2**40, r'seed is 1099511627776; .* to 4,294,967,295'),
         ('optimizer.warmup_epochs', 9.0, r'warmup_epochs is 9.0'),
         ('model.attention.redraw_every', -1, r'redraw_every is -1'),
+        ('dataset.data_dir', 'caf\udce9', r"dataset\.data_dir is 'caf\\udce9'"),
         ('max_skipped_steps', -1, r'max_skipped_steps is -1; .* integer from 0 to'),
     ],
 )

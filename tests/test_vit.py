@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
 
 from performer_vit import favor, vit
 from performer_vit.errors import BadInput
@@ -162,6 +163,22 @@ def test_dropout_is_for_training_alone():
     np.testing.assert_array_equal(apply(), apply())
     one, other = (apply(train=True, rngs={'dropout': jax.random.key(k)}) for k in (1, 2))
     assert float(jnp.abs(one - other).max()) > 1e-3
+
+
+@pytest.mark.parametrize('depth, rates', [(1, [0.5]), (3, [0.0, 0.25, 0.5])])
+def test_the_last_block_has_the_rate(monkeypatch, depth, rates):
+    """Catches a rate that does nothing in a model of one block."""
+    seen = []
+
+    class Block(vit.EncoderBlock):
+        @nn.compact
+        def __call__(self, x, *, train):
+            seen.append(self.drop_path_rate)
+            return x
+
+    monkeypatch.setattr(vit, 'EncoderBlock', Block)
+    small(depth=depth, drop_path_rate=0.5).init(jax.random.key(0), IMAGES)
+    assert seen == rates
 
 
 def test_stochastic_depth_drops_whole_images_and_keeps_the_mean():
