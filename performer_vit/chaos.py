@@ -155,7 +155,7 @@ def ask_twice(workdir, moments, undisturbed) -> None:
     training.process.send_signal(signal.SIGTERM)
     time.sleep(0.02)
     training.process.send_signal(signal.SIGTERM)
-    training.ends(-signal.SIGTERM, interruption.EXIT_CODE, 0)
+    training.ends(-signal.SIGTERM, 128 + signal.SIGTERM, interruption.EXIT_CODE, 0)
 
 
 def _stopped(workdir, moments) -> list[pathlib.Path]:

@@ -17,6 +17,9 @@ from performer_vit.errors import BadInput
 
 # Seconds without a sign of life after which a process is taken to be dead, and the others end.
 HEARTBEAT_TIMEOUT = 20
+# Seconds that a process which ends waits for the others to end as well, alive all the while: where
+# it ends by an error of its own, they wait for it elsewhere.
+_SHUTDOWN_TIMEOUT = 30
 
 
 def join(coordinator: str | None, num_processes: int | None, process_id: int | None) -> None:
@@ -37,6 +40,7 @@ def join(coordinator: str | None, num_processes: int | None, process_id: int | N
             num_processes,
             process_id,
             heartbeat_timeout_seconds=HEARTBEAT_TIMEOUT,
+            shutdown_timeout_seconds=_SHUTDOWN_TIMEOUT,
         )
     except (ValueError, RuntimeError, IndexError, OSError) as error:
         raise BadInput(

@@ -184,6 +184,20 @@ def test_processes_that_differ_all_end_and_say_how(tmp_path):
     assert not (tmp_path / 'run').exists()
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize('wrong', [0, 1])
+def test_one_that_fails_alone_ends_the_others(tmp_path, wrong):
+    """Within a minute or so of its error. Catches processes that wait for one that ended."""
+    flags = ('--config.dataset.name=folder', f'--config.dataset.data_dir={tmp_path}/none')
+    together = Processes(2, tmp_path / 'run', each=lambda i: flags * (i == wrong))
+    deadline = time.monotonic() + 120
+    while 'is not a directory' not in (said := together.said(wrong)):
+        assert time.monotonic() < deadline, said[-3000:]
+        time.sleep(0.1)
+    codes = together.codes(timeout=75)
+    assert 0 not in codes and 75 not in codes
+
+
 def test_one_process_is_no_cluster():
     """What everyone calls does the obvious thing."""
     assert cluster.is_main() and cluster.devices() is None

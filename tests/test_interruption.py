@@ -80,6 +80,44 @@ def test_other_threads_may_train():
 
 
 @pytest.mark.parametrize('numbers', [(15, 15), (15, 2), (2, 15), (2, 2)])
+def test_the_second_signal_ends_a_process_that_waits(numbers):
+    """Within one long call, as a compilation is one, in which no handler of Python's is called."""
+    code = f"""
+import hashlib, os, signal, threading, time
+from performer_vit import interruption
+
+def ask_twice():
+    for number in {numbers}:
+        time.sleep(0.5)
+        os.kill(os.getpid(), number)
+
+signal.signal(signal.SIGINT, signal.default_int_handler)
+with interruption.deferred() as asked:
+    threading.Thread(target=ask_twice, daemon=True).start()
+    hashlib.pbkdf2_hmac('sha256', b'', b'', 10**9)
+"""
+    done = subprocess.run([sys.executable, '-c', code], cwd=ROOT, timeout=60)
+    assert done.returncode == 128 + numbers[1]
+
+
+def test_who_was_told_of_signals_is_told_again_afterwards():
+    """Catches an event loop that no signal reaches any more, a thread and files that stay."""
+    reading, writing = os.pipe()
+    os.set_blocking(writing, False)
+    before = signal.set_wakeup_fd(writing)
+    threads, files = threading.active_count(), len(os.listdir('/proc/self/fd'))
+    try:
+        with interruption.deferred():
+            assert signal.set_wakeup_fd(-1) not in (-1, writing)
+        assert signal.set_wakeup_fd(before) == writing
+    finally:
+        os.close(reading)
+        os.close(writing)
+    assert threading.active_count() == threads
+    assert len(os.listdir('/proc/self/fd')) == files - 2
+
+
+@pytest.mark.parametrize('numbers', [(15, 15), (15, 2), (2, 15), (2, 2)])
 def test_the_second_signal_ends_the_process(numbers):
     code = f"""
 import os, signal
