@@ -86,7 +86,8 @@ def _history(study: optuna.Study, title: str) -> Figure:
         numbers = [trial.number for trial in study.trials if trial.state.name == state]
         if numbers:
             axes.scatter(
-                numbers, [0.03] * len(numbers), marker=marker, s=60, color=NEUTRAL, label=name,
+                numbers, [0.03] * len(numbers), marker=marker, s=60, color=NEUTRAL,
+                label=f'{name}, without a final accuracy',
                 transform=axes.get_xaxis_transform(),
             )  # fmt: skip
     axes.set(xlabel='trial', ylabel=_VALUE, xlim=(-0.5, len(study.trials) - 0.5))
