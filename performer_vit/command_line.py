@@ -1,12 +1,14 @@
 """Parsing the flags of a command, how it says that they are wrong, and what it leaves unsaid."""
 
+import logging
 import os
 import re
 import sys
 import traceback
 from typing import NoReturn
 
-from absl import flags, logging
+from absl import flags
+from absl import logging as absl_logging
 
 from performer_vit.errors import one_line
 
@@ -60,7 +62,9 @@ def quiet_libraries() -> None:
 
     To be called before TensorFlow is imported. What the user's environment says stays.
     """
-    logging.set_verbosity(logging.ERROR)
+    absl_logging.set_verbosity(absl_logging.ERROR)
+    # Where a disk is full, Orbax raises one error, and asyncio would tell of every array's own.
+    logging.getLogger('asyncio').setLevel(logging.CRITICAL)
     os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')
     # Else TensorFlow announces, at any level, how it computes; here it only reads files.
     os.environ.setdefault('TF_ENABLE_ONEDNN_OPTS', '0')
