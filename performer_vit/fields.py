@@ -12,6 +12,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from performer_vit.errors import BadInput, shown, unlike
+from performer_vit.files import is_text
 
 _LARGEST = 2**31 - 1  # Of int32, in which devices count.
 _UNITS = 2**16
@@ -45,14 +46,6 @@ def _number(
 
     ends = f'{"above " * above}{low:g} to {"below " * below}{high:g}'
     return _Kind(f'a number from {ends}, in float32', holds)
-
-
-def is_text(value: object) -> bool:
-    """Whether it is a text that a file of text can hold and that can be part of a path."""
-    try:
-        return isinstance(value, str) and b'\0' not in value.encode('utf-8')
-    except UnicodeEncodeError:  # Half a character, as Python makes of a path that is no UTF-8.
-        return False
 
 
 def _are_grids(value: object) -> bool:

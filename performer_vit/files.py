@@ -37,6 +37,14 @@ def try_to_write(directory: str | os.PathLike) -> None:
         pass
 
 
+def is_text(value: object) -> bool:
+    """Whether it is a text that a file of text can hold and that can be part of a path."""
+    try:
+        return isinstance(value, str) and b'\0' not in value.encode('utf-8')
+    except UnicodeEncodeError:  # Half a character, as Python makes of a path that is no UTF-8.
+        return False
+
+
 def remove_unfinished(directory: pathlib.Path) -> None:
     """Removes what a process left that was killed within `replacing`; none may be at it now."""
     for path in directory.glob(f'.{"[0-9a-f]" * 32}{_UNFINISHED}'):

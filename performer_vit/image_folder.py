@@ -10,7 +10,7 @@ import warnings
 import numpy as np
 
 from performer_vit.errors import BadInput, one_line, shown
-from performer_vit.fields import is_text
+from performer_vit.files import is_text
 
 SUFFIXES = ('.png', '.jpg', '.jpeg', '.bmp', '.gif', '.webp', '.tif', '.tiff')
 # Named to Pillow, which would else hand PostScript in a file called so to Ghostscript.
