@@ -15,7 +15,7 @@ from typing import IO
 import optuna
 from optuna.distributions import BaseDistribution
 from optuna.trial import FrozenTrial, TrialState
-from sqlalchemy.engine import make_url
+from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import ArgumentError, SQLAlchemyError
 
 from performer_vit import environment, locks
@@ -51,20 +51,23 @@ def make_pruner(pruner: str) -> optuna.pruners.BasePruner:
     }[pruner]()
 
 
+def _url(storage: str) -> URL | None:
+    """The URL of a database; None where there is none, as the database will say."""
+    try:
+        return make_url(storage) if storage else None
+    except (ArgumentError, ValueError):
+        return None
+
+
 def without_password(storage: str) -> str:
     """The URL of a database as files and messages may have it."""
-    try:
-        return make_url(storage).render_as_string(hide_password=True) if storage else storage
-    except (ArgumentError, ValueError):  # No URL, as the database will say.
-        return storage
+    url = _url(storage)
+    return storage if url is None else url.render_as_string(hide_password=True)
 
 
 def check_storage(storage: str) -> None:
     """Raises `BadInput` for a database in memory, which would end with this process."""
-    try:
-        url = make_url(storage) if storage else None
-    except (ArgumentError, ValueError):  # No URL, as the database will say.
-        return
+    url = _url(storage)
     if url and url.get_backend_name() == 'sqlite' and url.database in (None, '', ':memory:'):
         raise BadInput(
             f'sweep.storage is {storage!r}, a database in memory, which would be lost with this '

@@ -402,14 +402,15 @@ class VisionTransformer(nn.Module):
             x = jnp.concatenate([token, x], axis=1)
         x = Dropout(self.dropout_rate)(x, train=train)
 
-        first_rate = 0.0 if self.depth > 1 else self.drop_path_rate
         for i in range(self.depth):
             x = EncoderBlock(
                 self.num_heads,
                 self.mlp_dim,
                 self.attention,
                 self.dropout_rate,
-                self.drop_path_rate * i / (self.depth - 1) if i else first_rate,
+                self.drop_path_rate * i / (self.depth - 1)
+                if self.depth > 1
+                else self.drop_path_rate,
                 self.dtype,
                 name=f'encoder_{i}',
             )(x, train=train)
