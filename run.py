@@ -99,6 +99,10 @@ def _main(argv: list[str]) -> None:
     except KeyboardInterrupt as error:
         print(f'{str(error) or "Interrupted."} The same command goes on.', file=sys.stderr)
         sys.exit(interruption.EXIT_CODE)
+    finally:
+        # What is left is the interpreter's end, where a signal would only spoil the exit code.
+        for number in interruption.SIGNALS:
+            signal.signal(number, signal.SIG_IGN)
 
 
 def _joins() -> bool:

@@ -131,3 +131,30 @@ with interruption.deferred() as asked:
 """
     done = subprocess.run([sys.executable, '-c', code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == -numbers[1] and done.stdout == 'True\n', done.stderr
+
+
+@pytest.mark.parametrize('number', interruption.SIGNALS)
+@pytest.mark.parametrize('outcome, code', [('return', 0), ('raise KeyboardInterrupt', 75)])
+def test_a_signal_at_the_very_end_does_not_spoil_the_exit_code(number, outcome, code):
+    """While the interpreter ends it calls no handlers: catches a run that is done and "failed"."""
+    program = f"""
+import os, signal, sys
+from absl import app
+import run
+from performer_vit import train
+
+class Last:
+    def __del__(self, kill=os.kill, process=os.getpid()):
+        kill(process, {int(number)})
+
+def action(*_):
+    {outcome}
+
+sys.modules['last'] = Last()
+signal.signal(signal.SIGINT, signal.default_int_handler)
+train.train = action
+sys.argv = ['run.py', '--config=configs/performer_relu.py']
+app.run(run._main, flags_parser=run.parse)
+"""
+    done = subprocess.run([sys.executable, '-c', program], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == code, done.stderr
