@@ -49,8 +49,11 @@ class LostError(Exception):
     """What a fault cost, or what it did that it should not have."""
 
 
-Undisturbed = collections.namedtuple('Undisturbed', 'workdir seconds')
-Undisturbed.__doc__ = 'A run that nothing happened to; seconds from its compilation to its end.'
+Undisturbed = collections.namedtuple('Undisturbed', 'workdir start seconds')
+Undisturbed.__doc__ = """A run that nothing happened to.
+
+Its directory, the seconds from its command to its compilation, and those from there to its end.
+"""
 
 
 class Training:
@@ -107,17 +110,26 @@ class Training:
         return code
 
 
-def _at_a_random_moment(training: Training, moments: random.Random, undisturbed: Undisturbed):
-    """Waits until the training is somewhere between its compilation and its end."""
-    training.until_it_says('Compiling')
-    until = time.monotonic() + moments.uniform(0, undisturbed.seconds)
+def _within(training: Training, moments: random.Random, seconds: float):
+    """Waits until a random moment of the next so many seconds, or the end of the process."""
+    until = time.monotonic() + moments.uniform(0, seconds)
     training.until(lambda: time.monotonic() >= until)
 
 
-def kill(workdir, moments, undisturbed) -> None:
-    """`kill -9` at a random moment."""
+def _at_a_random_moment(training: Training, moments: random.Random, undisturbed: Undisturbed):
+    """Waits until the training is somewhere between its compilation and its end."""
+    training.until_it_says('Compiling')
+    _within(training, moments, undisturbed.seconds)
+
+
+def kill_twice(workdir, moments, undisturbed) -> None:
+    """`kill -9` at a random moment of the training, and at any of the process that goes on."""
     training = Training(workdir)
     _at_a_random_moment(training, moments, undisturbed)
+    training.process.kill()
+    training.ends(-signal.SIGKILL, 0)
+    training = Training(workdir)
+    _within(training, moments, undisturbed.start + undisturbed.seconds)
     training.process.kill()
     training.ends(-signal.SIGKILL, 0)
 
@@ -201,6 +213,20 @@ def delete_history(workdir, moments, undisturbed) -> None:
     (workdir / 'history.csv').unlink()
 
 
+def damage_events(change, workdir, moments, undisturbed) -> None:
+    """TensorBoard's file is damaged or deleted between two commands: it is written anew."""
+    _stopped(workdir, moments)
+    (path,) = workdir.glob('*tfevents*')
+    if change is None:
+        path.unlink()
+    else:
+        path.write_bytes(change(path.read_bytes(), moments))
+    training = Training(workdir)
+    training.ends(0)
+    if change is None and "values are missing in TensorBoard's files" not in training.output:
+        raise LostError(f'it is not said: {training.output[-2000:]}')
+
+
 def train_twice(workdir, moments, undisturbed) -> None:
     """A second training on the workdir is refused, and the first does not notice."""
     first = Training(workdir)
@@ -239,14 +265,14 @@ def jump_the_clock(workdir, moments, undisturbed) -> None:
 
 
 # A name space of mounts in which the user may mount; not every system permits it.
-_UNSHARE = ('unshare', '--user', '--map-root-user', '--mount')
+UNSHARE = ('unshare', '--user', '--map-root-user', '--mount')
 
 
 @functools.cache
 def may_mount() -> bool:
     if not shutil.which('unshare'):
         return False
-    command = [*_UNSHARE, 'mount', '-t', 'tmpfs', 'tmpfs', '/mnt']
+    command = [*UNSHARE, 'mount', '-t', 'tmpfs', 'tmpfs', '/mnt']
     return not subprocess.run(command, capture_output=True).returncode
 
 
@@ -263,7 +289,7 @@ def fill_the_disk(workdir, moments, undisturbed) -> None:
         f'mount -t tmpfs -o size={room} tmpfs "$0" && shift && {{ "$@"; code=$?; }}; '
         f'cp -a "$0"/. "{kept}"; exit $code'
     )
-    training = Training(workdir, before=(*_UNSHARE, 'sh', '-c', script, str(workdir), '--'))
+    training = Training(workdir, before=(*UNSHARE, 'sh', '-c', script, str(workdir), '--'))
     training.ends(2)
     last = training.output.splitlines()[-1]
     if not last.startswith('error: a file cannot be written (No space left on device)'):
@@ -276,7 +302,7 @@ def write_protect(workdir, moments, undisturbed) -> None:
     """The workdir becomes read-only between two commands: refused before anything is computed."""
     _stopped(workdir, moments)
     script = 'mount --bind "$0" "$0" && mount -o remount,bind,ro "$0" && shift && "$@"'
-    training = Training(workdir, before=(*_UNSHARE, 'sh', '-c', script, str(workdir), '--'))
+    training = Training(workdir, before=(*UNSHARE, 'sh', '-c', script, str(workdir), '--'))
     training.ends(2)
     if 'cannot be written' not in training.output or 'Compiling' in training.output:
         raise LostError(f'it is not refused: {training.output[-2000:]}')
@@ -285,7 +311,7 @@ def write_protect(workdir, moments, undisturbed) -> None:
 Fault = collections.namedtuple('Fault', 'disturb tries needs_mounts', defaults=[False])
 # By what stands in the table; `tries` beside those of `--kills`, which the first has.
 FAULTS = {
-    '`kill -9` at a random moment': Fault(kill, None),
+    '`kill -9` at two random moments': Fault(kill_twice, None),
     '`kill -9` while a checkpoint is written': Fault(kill_while_saving, 5),
     'SIGINT at a random moment': Fault(functools.partial(ask_to_stop, signal.SIGINT), 5),
     'SIGTERM at a random moment': Fault(functools.partial(ask_to_stop, signal.SIGTERM), 5),
@@ -295,6 +321,8 @@ FAULTS = {
     'newest checkpoint: a file truncated': Fault(functools.partial(damage, _cut), 5),
     'newest checkpoint: a bit flipped': Fault(functools.partial(damage, _flip), 5),
     '`history.csv` deleted': Fault(delete_history, 2),
+    "TensorBoard's file deleted": Fault(functools.partial(damage_events, None), 2),
+    "TensorBoard's file: a bit flipped": Fault(functools.partial(damage_events, _flip), 5),
     'two trainings on one workdir': Fault(train_twice, 2),
     'a clock that jumps, and `kill -9`': Fault(jump_the_clock, 5),
 }
@@ -302,11 +330,12 @@ FAULTS = {
 
 def undisturbed_run(directory: pathlib.Path) -> Undisturbed:
     """Trains where nothing happens; in a subdirectory."""
+    began = time.monotonic()
     training = Training(directory / 'undisturbed')
     training.until_it_says('Compiling')
-    started = time.monotonic()
+    compiles = time.monotonic()
     training.ends(0)
-    return Undisturbed(training.workdir, time.monotonic() - started)
+    return Undisturbed(training.workdir, compiles - began, time.monotonic() - compiles)
 
 
 def survive(name: str, workdir: pathlib.Path, seed: int, undisturbed: Undisturbed) -> None:
@@ -402,7 +431,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Tries every fault; returns how many tries were not survived."""
     parser = argparse.ArgumentParser(prog='python -m performer_vit.chaos', description=__doc__)
     parser.add_argument('--workdir', required=True, help='a new directory, for some 2 MB a try')
-    parser.add_argument('--kills', type=int, default=100, help='kills at random moments')
+    parser.add_argument('--kills', type=int, default=100, help='trainings that are killed twice')
     parser.add_argument('--jobs', type=int, default=2, help='trainings at a time')
     parser.add_argument('--seed', type=int, default=0, help='of the random moments')
     given = parser.parse_args(arguments)

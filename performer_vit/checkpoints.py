@@ -16,7 +16,7 @@ import optax
 import orbax.checkpoint as ocp
 from flax import struct
 
-from performer_vit import cluster
+from performer_vit import cluster, files
 from performer_vit.errors import BadInput, one_line
 
 
@@ -78,16 +78,24 @@ def create_state(
 
 _NEVER = 10**9  # Seconds; `None` would be Orbax's own limit.
 
-Saved = collections.namedtuple('Saved', 'state history seconds')
+Saved = collections.namedtuple('Saved', 'state history scalars seconds')
 Saved.__doc__ = """What a checkpoint holds.
 
-One replica of the train state; the rows of the epochs that were finished; and the seconds that the
-steps of the epoch in progress took, 0.0 between epochs.
+One replica of the train state; the rows of the epochs that were finished; TensorBoard's scalars up
+to its step, [step, {tag: value}] each; and the seconds that the steps of the epoch in progress
+took, 0.0 between epochs.
 """
+
+
+class _Unusable(BadInput):
+    """A checkpoint is damaged, or holds another structure: an earlier one may be better."""
 
 
 class Checkpoints:
     """The checkpoints of a run: the latest, and the best on validation; written in the background.
+
+    Of several processes, process 0 alone reads and writes, and the others need not see its
+    directory; but all call each method, and get the same.
 
     The best is that with the highest validation accuracy of those that are saved after every
     `every_epochs`-th epoch and after the last; of equals, the latest. The history decides this, so
@@ -105,8 +113,18 @@ class Checkpoints:
         self.directory = pathlib.Path(directory).absolute()
         self._every_epochs = every_epochs
         self._preserved = _Preserved(keep)
+        if not cluster.is_main():
+            self._manager = None
+            return
+        self.directory.mkdir(parents=True, exist_ok=True)
         options = ocp.CheckpointManagerOptions(
             preservation_policy=self._preserved,
+            create=False,  # Which would have to be asked of all processes.
+            # With a single one Orbax has no barriers, at which the others would wait for ever where
+            # this one fails.
+            multiprocessing_options=ocp.options.MultiprocessingOptions(
+                primary_host=0, active_processes={0}
+            ),
             cleanup_tmp_directories=True,
             enable_async_checkpointing=True,
             # Orbax measures by the wall clock, which jumps when a laptop wakes up, say.
@@ -120,29 +138,41 @@ class Checkpoints:
 
     def steps(self) -> list[int]:
         """The steps that there are checkpoints of, in their order."""
+        return cluster.from_main(self._steps)
+
+    def _steps(self) -> list[int]:
         return sorted(self._manager.all_steps())
 
     def wait(self) -> None:
         """Until all is written."""
-        self._manager.wait_until_finished()
+        cluster.from_main(lambda: self._manager.wait_until_finished())
 
     def close(self) -> None:
-        """Waits, and ends the threads that write."""
-        self._manager.close()
+        """Waits, and ends the threads that write; of no other process."""
+        if self._manager:
+            self._manager.close()
 
-    def save(self, state: TrainState, history: list[dict], seconds: float | None = None) -> None:
-        """Saves one replica of the state and the history so far, in the background.
+    def save(
+        self,
+        state: TrainState,
+        history: list[dict],
+        scalars: list,
+        seconds: float | None = None,
+    ) -> None:
+        """Saves one replica of the state and what there is beside it, in the background.
 
         Args:
-          state: one replica.
-          history: the rows of the epochs that were finished.
+          state, history, scalars: see `Saved`.
           seconds: spent on the steps of an epoch in progress; None after an epoch's end, where the
             state is that of the history's last row.
         """
+        cluster.from_main(lambda: self._save(state, history, scalars, seconds))
+
+    def _save(self, state, history, scalars, seconds) -> None:
         # A host copy of its own: the step that follows donates the device's buffers.
         state = jax.tree.map(np.array, state)
-        # A copy of the list as well: it grows while Orbax writes it.
-        progress = {'rows': list(history), 'seconds': seconds or 0.0}
+        # Copies of the lists as well: they grow while Orbax writes them.
+        progress = {'rows': list(history), 'scalars': list(scalars), 'seconds': seconds or 0.0}
         rows = self._saved_rows(history, ends_run=seconds is None)
         # Also the best as of the checkpoints before, down to the oldest that is kept: where the
         # newest one turns out to be damaged, the run goes on from there, and may end otherwise.
@@ -166,8 +196,11 @@ class Checkpoints:
           step: one that was saved.
 
         Raises:
-          BadInput: the checkpoint is damaged, or holds another structure.
+          BadInput: the checkpoint is damaged, holds another structure, or cannot be read.
         """
+        return _shared(template, lambda: self._restore(template, step))
+
+    def _restore(self, template: TrainState, step: int) -> Saved:
         template = jax.tree.map(np.asarray, template)
         abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, template)
         try:
@@ -177,22 +210,31 @@ class Checkpoints:
                     state=ocp.args.StandardRestore(abstract), history=ocp.args.JsonRestore()
                 ),
             )
-            digest = restored.history.pop('digest', None)
+            progress = restored.history
+            digest = progress.pop('digest', None)
             if digest is None:
                 raise ValueError('it has no fingerprint; earlier versions wrote none')
-            if digest != _digest(jax.tree.map(np.asarray, restored.state), restored.history):
+            if digest != _digest(jax.tree.map(np.asarray, restored.state), progress):
                 raise ValueError('its content is not what was written')
-            return Saved(restored.state, restored.history['rows'], restored.history['seconds'])
+            # Earlier versions kept no scalars.
+            scalars = progress.get('scalars', [])
+            return Saved(restored.state, progress['rows'], scalars, progress['seconds'])
         except MemoryError:
             raise
         except Exception as error:  # Of any kind: anything may come of a damaged file.
-            if 'tree structures do not match' in str(error):
+            reason = files.no_access(error)
+            if reason:
                 raise BadInput(
+                    f'the checkpoint of step {step} in {self.directory} cannot be read ({reason}), '
+                    'whole as it may be: let this process read it, and give the same command again.'
+                ) from error
+            if 'tree structures do not match' in str(error):
+                raise _Unusable(
                     f'the checkpoint of step {step} in {self.directory} holds another state than '
                     'this version of the code has: go on with the version that wrote it, or train '
                     'again in another --workdir.'
                 ) from error
-            raise BadInput(
+            raise _Unusable(
                 f'the checkpoint of step {step} in {self.directory} is damaged '
                 f'({one_line(error)}): restore it from a copy, or train again in another --workdir.'
             ) from error
@@ -205,29 +247,29 @@ class Checkpoints:
 
         Args:
           template: a state of the same structure, shapes and dtypes.
-          warn: gets a line about each that is moved.
+          warn: gets a line about each that is moved, in process 0.
 
         Raises:
-          BadInput: all are damaged, or hold another structure; none is moved.
+          BadInput: all are damaged, or hold another structure; or one cannot be read. None is
+            moved.
         """
+        return _shared(template, lambda: self._restore_latest(template, warn))
+
+    def _restore_latest(self, template, warn) -> Saved | None:
         damaged = {}
-        for step in reversed(self.steps()):
+        for step in reversed(self._steps()):
             try:
-                saved = self.restore(template, step)
-            except BadInput as error:
+                saved = self._restore(template, step)
+            except _Unusable as error:
                 damaged[step] = error
                 continue
-            # Nobody may be reading it any more.
-            cluster.from_main(lambda: None)
             for bad, error in damaged.items():
                 warn(
                     f'the checkpoint of step {bad} in {self.directory} is damaged '
                     f'({one_line(error.__cause__)}). It is moved, and the one of step {step} is '
                     'used.'
                 )
-                if cluster.is_main():
-                    _move_away(self.directory, bad)
-            cluster.from_main(lambda: None)
+                _move_away(self.directory, bad)
             if damaged:
                 self._manager.reload()
             return saved
@@ -257,6 +299,22 @@ class Checkpoints:
             if row['validation_accuracy'] is not None
             and (row['epoch'] % self._every_epochs == 0 or (ends_run and row is history[-1]))
         ]
+
+
+def _shared(template: TrainState, read: Callable[[], Saved | None]) -> Saved | None:
+    """What process 0 reads, in every process."""
+    saved = None
+
+    def beside_the_state() -> dict | None:
+        nonlocal saved
+        saved = read()
+        return saved and saved._replace(state=None)._asdict()
+
+    rest = cluster.from_main(beside_the_state)
+    if rest is None:
+        return None
+    state = saved.state if cluster.is_main() else template
+    return Saved(**{**rest, 'state': cluster.arrays_from_main(jax.tree.map(np.asarray, state))})
 
 
 def _best_row(rows: list[dict]) -> dict:

@@ -13,13 +13,17 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from performer_vit.errors import BadInput
+from performer_vit.errors import BadInput, one_line
 
 # Seconds without a sign of life after which a process is taken to be dead, and the others end.
 HEARTBEAT_TIMEOUT = 20
 # Seconds that a process which ends waits for the others to end as well, alive all the while: where
 # it ends by an error of its own, they wait for it elsewhere.
 _SHUTDOWN_TIMEOUT = 30
+
+
+class MainFailed(Exception):
+    """Process 0 has ended by an error, and so this one does."""
 
 
 def join(coordinator: str | None, num_processes: int | None, process_id: int | None) -> None:
@@ -148,21 +152,45 @@ def from_main(function: Callable[[], Any]) -> Any:
 
     Raises:
       BadInput: in every process, where it was raised in process 0.
+      MainFailed: in the others, where process 0 raises any other error.
     """
     if jax.process_count() == 1:
         return function()
-    outcome = {}
+    outcome, error = {}, None
     if is_main():
         try:
             outcome['value'] = function()
-        except BadInput as error:
-            outcome['error'] = str(error)
+        except BadInput as bad_input:
+            outcome['bad_input'] = str(bad_input)
+        except Exception as failure:
+            error = failure
+            outcome['failure'] = one_line(error)
     encoded = np.frombuffer(json.dumps(outcome).encode(), np.uint8)
     size = int(multihost_utils.broadcast_one_to_all(np.array(encoded.size)))
-    content = np.zeros(size, np.uint8)
-    if is_main():
-        content[:] = encoded
+    content = encoded if is_main() else np.zeros(size, np.uint8)
     received = json.loads(bytes(np.asarray(multihost_utils.broadcast_one_to_all(content))))
-    if 'error' in received:
-        raise BadInput(received['error'])
+    if 'bad_input' in received:
+        raise BadInput(received['bad_input'])
+    if error:
+        raise error
+    if 'failure' in received:
+        raise MainFailed(f'process 0 has failed: {received["failure"]}')
     return outcome['value'] if is_main() else received['value']
+
+
+def arrays_from_main(tree):
+    """The arrays that process 0 has, bit for bit, in every process.
+
+    Args:
+      tree: of NumPy arrays, in all processes of the same structure, shapes and dtypes.
+    """
+    if jax.process_count() == 1:
+        return tree
+
+    def share(array: np.ndarray) -> np.ndarray:
+        # As bytes, since JAX sums what process 0 has with zeros, and -0.0 + 0.0 is 0.0.
+        content = np.frombuffer(array.tobytes(), np.uint8)
+        received = np.asarray(multihost_utils.broadcast_one_to_all(content))
+        return np.frombuffer(received.tobytes(), array.dtype).reshape(array.shape)
+
+    return jax.tree.map(share, tree)

@@ -2,7 +2,7 @@
 
 import os
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from performer_vit import files
 
@@ -38,6 +38,12 @@ def forget_after(workdir: str | os.PathLike, step: int) -> None:
             with tf.io.TFRecordWriter(str(temporary)) as writer:
                 for record in kept:
                     writer.write(record)
+
+
+def missing(workdir: str | os.PathLike, expected: Sequence[list]) -> int:
+    """How many of the expected scalars, [step, {tag: value}] each, are not in the event files."""
+    found = {(tag, step) for tag, step, _ in scalars(workdir)} if expected else ()
+    return sum((tag, step) not in found for step, values in expected for tag in values)
 
 
 def scalars(workdir: str | os.PathLike) -> list[tuple[str, int, float]]:

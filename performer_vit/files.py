@@ -6,10 +6,12 @@ import os
 import pathlib
 import tempfile
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 # A disk that is full, a quota that is used up, a disk that became read-only.
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+# Other rights, too many files open, a file server that was restarted: nothing is wrong with a file.
+_NO_ACCESS = (errno.EACCES, errno.EPERM, errno.EMFILE, errno.ENFILE, errno.ESTALE)
 _UNFINISHED = '.unfinished'
 
 
@@ -52,13 +54,23 @@ def remove_unfinished(directory: pathlib.Path) -> None:
 
 
 def no_room(error: BaseException | None) -> str | None:
-    """What the operating system said, if an error came of a disk that takes nothing more.
+    """What the operating system said, if an error came of a disk that takes nothing more."""
+    return _said(error, _NO_ROOM)
 
-    The libraries that write raise errors of their own kinds, from threads of their own; so the text
-    counts too, and so do the errors that one came from.
+
+def no_access(error: BaseException | None) -> str | None:
+    """What the operating system said, if an error came of a file that it did not let be read."""
+    return _said(error, _NO_ACCESS)
+
+
+def _said(error: BaseException | None, numbers: Sequence[int]) -> str | None:
+    """The operating system's words for the first of its errors that an error came of.
+
+    The libraries that read and write raise errors of their own kinds, from threads of their own; so
+    the text counts too, and so do the errors that one came from.
     """
     while error is not None:
-        for number in _NO_ROOM:
+        for number in numbers:
             reason = os.strerror(number)
             if getattr(error, 'errno', None) == number or reason in str(error):
                 return reason

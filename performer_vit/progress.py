@@ -4,6 +4,7 @@ import contextlib
 import os
 import sys
 import time
+from collections.abc import Sequence
 
 import jax
 import numpy as np
@@ -37,8 +38,13 @@ def remaining(started: float, done: int, total: int) -> str:
 class Progress:
     """The bar with ETA and images/s, and TensorBoard's scalars, images and hyperparameters.
 
-    What an earlier process of the run showed of the steps after the first is forgotten. Of several
-    processes, process 0 alone shows anything.
+    What an earlier process of the run showed of the steps after the first is forgotten, and what is
+    missing of the steps before is shown again. Of several processes, process 0 alone shows
+    anything.
+
+    Attributes:
+      scalars: all that TensorBoard has of the training, as the checkpoints keep it: the argument,
+        and what this process has shown since.
 
     Args:
       workdir: where TensorBoard's event files go.
@@ -46,6 +52,7 @@ class Progress:
       title: of the bar, the name of the model.
       config: of the run: its hyperparameters, and whether to trace steps with the profiler.
       first_step, last_step: of this process, and of the training.
+      scalars: [step, {tag: value}] of what earlier processes had shown by the first step.
     """
 
     def __init__(
@@ -56,6 +63,7 @@ class Progress:
         config,
         first_step: int,
         last_step: int,
+        scalars: Sequence[list] = (),
     ):
         # Imports TensorFlow, which takes seconds: only a run needs it.
         from clu import metric_writers, periodic_actions
@@ -63,9 +71,20 @@ class Progress:
         self._dataset_name = dataset_name
         self._batch_size = config.batch_size
         self._num_epochs = config.num_epochs
+        self.scalars = list(scalars)
         if cluster.is_main():
-            events.forget_after(workdir, first_step)
+            lost = events.missing(workdir, scalars)
+            # What was lost is shown in its order: all of it anew.
+            events.forget_after(workdir, 0 if lost else first_step)
             self._writer = metric_writers.create_default_writer(str(workdir), asynchronous=True)
+            if lost:
+                say(
+                    dataset_name,
+                    f"{lost:,} values are missing in TensorBoard's files, which are written anew "
+                    'from the checkpoint.',
+                )
+                for step, values in scalars:
+                    self._writer.write_scalars(step, values)
         else:
             self._writer = metric_writers.MultiWriter([])
         fields = run_directory.flatten(config.to_dict())
@@ -110,11 +129,15 @@ class Progress:
         scalars = {f'train/{name}': value for name, value in metrics.items()}
         scalars['train/images_per_second'] = images / (now - self._time)
         self._step, self._time = step, now
-        self._writer.write_scalars(step, scalars)
+        self._show(step, scalars)
         self._bar.update(images)
         self._bar.set_postfix(loss=f'{metrics["loss"]:.3f}', refresh=False)
         for hook in self._hooks:
             hook(step)
+
+    def _show(self, step: int, scalars: dict[str, float]) -> None:
+        self._writer.write_scalars(step, scalars)
+        self.scalars.append([step, scalars])
 
     def epoch_done(self, row: dict) -> None:
         """Shows a row of the history."""
@@ -123,7 +146,7 @@ class Progress:
             for name in run_directory.HISTORY_COLUMNS[3:]
             if row[name] is not None
         }
-        self._writer.write_scalars(row['step'], scalars)
+        self._show(row['step'], scalars)
         line = (
             f'Epoch {row["epoch"]}/{self._num_epochs}: loss {row["train_loss"]:.4f}, '
             f'accuracy {row["train_accuracy"]:.2%}'

@@ -270,7 +270,9 @@ def train(config, workdir: str | os.PathLike | None = None, run_name: str = 'run
       FloatingPointError: a loss or gradient was not finite; the message names the step.
     """
     check(config)
-    run_directory.check_writable(workdir or run_directory.default_workdir(run_name, ''))
+    cluster.from_main(
+        lambda: run_directory.check_writable(workdir or run_directory.default_workdir(run_name, ''))
+    )
     dataset = datasets.load(**config.dataset)
     check_data(config, dataset)
     workdir = workdir or run_directory.default_workdir(run_name, dataset.name)
@@ -344,8 +346,11 @@ def _run(
     asked_to_stop: Callable[[], bool],
 ) -> dict:
     say = functools.partial(progress.say, dataset.name)
-    if cluster.from_main((workdir / 'results.json').exists):
-        results = run_directory.read_json(workdir / 'results.json')
+    finished = workdir / 'results.json'
+    results = cluster.from_main(
+        lambda: run_directory.read_json(finished) if finished.exists() else None
+    )
+    if results is not None:
         is_tested, here = 'test_accuracy' in results, finish is _test
         if is_tested != here:
             kinds = {True: 'tested', False: 'scored on validation images and not tested'}
@@ -362,7 +367,7 @@ def _run(
 
     saved = Checkpoints(workdir / 'checkpoints', **config.checkpoint)
     start = saved.restore_latest(training.state, warn=say)
-    state, history, seconds = start or Saved(training.state, [], 0.0)
+    state, history, scalars, seconds = start or Saved(training.state, [], [], 0.0)
     first_step, last_step = int(state.step), config.num_epochs * training.steps_per_epoch
     if start:
         say(f'Going on after step {first_step:,} of {last_step:,}, from a checkpoint.')
@@ -386,7 +391,7 @@ def _run(
 
     stream = batches(first_step=first_step, num_steps=last_step - first_step)
     title = figures.model_name(config.model.attention.kernel)
-    shown = progress.Progress(workdir, dataset.name, title, config, first_step, last_step)
+    shown = progress.Progress(workdir, dataset.name, title, config, first_step, last_step, scalars)
 
     observe = functools.partial(report_steps, shown)
     try:
@@ -405,7 +410,7 @@ def _run(
             seconds += time.perf_counter() - started
             if scalar(state.step) < end:
                 shown.flush()
-                _save_and_stop(saved, state, history, seconds)
+                _save_and_stop(saved, state, history, shown.scalars, seconds)
             counted = scalar(state.epoch_sums['steps'])
             skipped = scalar(state.skipped_steps)
             if skipped:
@@ -437,10 +442,10 @@ def _run(
             shown.epoch_done(row)
             if is_last or (epoch + 1) % config.checkpoint.every_epochs == 0:
                 shown.flush()
-                saved.save(cluster.first_replica(state), history)
+                saved.save(cluster.first_replica(state), history, shown.scalars)
             # First: where `on_epoch` ends this run, the run after it would not hear of the signal.
             if asked_to_stop() and not is_last:
-                _save_and_stop(saved, state, history, seconds)
+                _save_and_stop(saved, state, history, shown.scalars, seconds)
             on_epoch(row)
             shown.resume(end)
         saved.wait()
@@ -473,6 +478,7 @@ def _save_and_stop(
     saved: Checkpoints,
     state: TrainState,
     history: list[dict],
+    scalars: list,
     seconds: float,
 ) -> NoReturn:
     """Saves a replicated state in the middle of an epoch, and raises `Interrupted`."""
@@ -481,7 +487,7 @@ def _save_and_stop(
         raise interruption.Interrupted('Asked to stop, this run has not done a step.')
     # Between epochs there may be a checkpoint of this very step.
     if step not in saved.steps():
-        saved.save(cluster.first_replica(state), history, seconds)
+        saved.save(cluster.first_replica(state), history, scalars, seconds)
         saved.wait()
     raise interruption.Interrupted(f'Asked to stop, this run has saved step {step:,}.')
 

@@ -1,31 +1,46 @@
 """Checkpoints that are damaged on disk: noticed, named, and gone around."""
 
+import errno
+import os
+import re
 import shutil
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import orbax.checkpoint as ocp
 import pytest
 from flax import linen as nn
 
 from performer_vit import checkpoints
 from performer_vit.checkpoints import Checkpoints
 from performer_vit.errors import BadInput
+from tests.conftest import ROOT
 
 STEPS = (8, 16, 24)
 
 
-@pytest.fixture(scope='module')
-def template():
+def create_template():
     return checkpoints.create_state(
         nn.Dense(3), optax.adam(1e-3), image_shape=(4, 4, 2), seed=0, ema=True
     )
 
 
+@pytest.fixture(scope='module')
+def template():
+    return create_template()
+
+
 def state_of(template, step):
     moved = jax.tree.map(lambda leaf: leaf + leaf.dtype.type(0.5 * step), template.params)
     return template.replace(step=jnp.int32(step), params=moved)
+
+
+def scalars_of(step):
+    return [[n, {'train/loss': 1 / n, 'train/images_per_second': 1e3}] for n in range(4, step, 4)]
 
 
 def history_of(step):
@@ -38,7 +53,7 @@ def written(template, tmp_path_factory):
     directory = tmp_path_factory.mktemp('run') / 'checkpoints'
     manager = Checkpoints(directory, 3, every_epochs=1)
     for step, seconds in zip(STEPS, (None, 1.25, None), strict=True):
-        manager.save(state_of(template, step), history_of(step), seconds)
+        manager.save(state_of(template, step), history_of(step), scalars_of(step), seconds)
     manager.close()
     return directory
 
@@ -63,7 +78,8 @@ def is_whole(saved, template, step):
     same = jax.tree.map(
         lambda a, b: np.array_equal(a, b) and a.dtype == b.dtype, saved.state, expected
     )
-    return all(jax.tree.leaves(same)) and saved.history == history_of(step)
+    beside = saved.history == history_of(step) and saved.scalars == scalars_of(step)
+    return all(jax.tree.leaves(same)) and beside
 
 
 def files_of(directory, step):
@@ -126,7 +142,7 @@ def test_a_step_whose_checkpoint_was_damaged_is_saved_anew(copied, template):
         latest(copied, template)
         assert (copied.with_name('damaged_checkpoints') / expected).is_dir()
         manager = Checkpoints(copied, 3, every_epochs=1)
-        manager.save(state_of(template, 24), history_of(24))
+        manager.save(state_of(template, 24), history_of(24), scalars_of(24))
         manager.close()
         saved, warnings = latest(copied, template)
         assert is_whole(saved, template, 24) and not warnings
@@ -139,6 +155,80 @@ def test_where_all_are_damaged_nothing_is_touched(copied, template):
         latest(copied, template)
     assert sorted(path.name for path in copied.iterdir()) == ['16', '24', '8']
     assert not copied.with_name('damaged_checkpoints').exists()
+
+
+@pytest.mark.parametrize('number', [errno.EACCES, errno.EMFILE, errno.ESTALE])
+@pytest.mark.parametrize('kind', ['as Python has it', 'as TensorStore has it'])
+def test_what_cannot_be_read_is_not_damaged(copied, template, monkeypatch, number, kind):
+    """Catches an hour that is trained again since someone had lost a right for a while."""
+    reason = os.strerror(number)
+    if kind == 'as Python has it':
+        error = OSError(number, reason)
+    else:
+        error = ValueError(
+            f'PERMISSION_DENIED: Error opening "manifest.ocdbt" [OS error: {reason}]'
+        )
+
+    def refuse(*_, **__):
+        raise error
+
+    monkeypatch.setattr(ocp.CheckpointManager, 'restore', refuse)
+    with pytest.raises(BadInput, match=rf'step 24 .* cannot be read \({reason}\).*same command'):
+        latest(copied, template)
+    assert sorted(path.name for path in copied.iterdir()) == ['16', '24', '8']
+    monkeypatch.undo()
+    saved, warnings = latest(copied, template)
+    assert is_whole(saved, template, 24) and not warnings
+
+
+def test_too_many_open_files(copied, template):
+    """As the libraries really say it: catches a message that has none of the known reasons.
+
+    In a process of its own, since pytest opens files as well.
+    """
+    program = f"""
+import contextlib, os, resource
+from tests import test_checkpoints
+from performer_vit import checkpoints
+
+template = test_checkpoints.create_template()
+manager = checkpoints.Checkpoints({str(copied)!r}, 3, every_epochs=1)
+manager.restore(template, 8)  # Imports.
+free = os.open(os.devnull, os.O_RDONLY)
+soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+resource.setrlimit(resource.RLIMIT_NOFILE, (free + 1, hard))
+message = 'restored'
+try:
+    manager.restore_latest(template, print)
+except checkpoints.BadInput as error:
+    message = error
+resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+print(message)
+manager.close()
+"""
+    done = subprocess.run([sys.executable, '-c', program], cwd=ROOT, capture_output=True, text=True)
+    (said,) = done.stdout.splitlines()
+    assert re.search(r'step 24 in .* cannot be read \(Too many open files\)', said), done
+    saved, warnings = latest(copied, template)
+    assert is_whole(saved, template, 24) and not warnings
+
+
+def test_earlier_versions_kept_no_scalars(copied, template, monkeypatch):
+    """Catches a run of theirs that is taken for damaged."""
+    real = ocp.CheckpointManager.restore
+
+    def without(*arguments, **named):
+        restored = real(*arguments, **named)
+        del restored.history['scalars']
+        return restored
+
+    monkeypatch.setattr(ocp.CheckpointManager, 'restore', without)
+    monkeypatch.setattr(checkpoints, '_digest', lambda state, progress: 'the same')
+    manager = Checkpoints(copied, 3, every_epochs=1)
+    manager.save(state_of(template, 32), history_of(32), [])
+    manager.wait()
+    assert manager.restore(template, 32).scalars == []
+    manager.close()
 
 
 def test_where_there_are_none_the_run_begins(tmp_path, template):
@@ -164,7 +254,7 @@ def test_what_was_the_best_before_the_newest_is_still_there(template, tmp_path):
     manager = Checkpoints(tmp_path, 2, every_epochs=1)
     kept = []
     for count, step in enumerate(accuracies, 1):
-        manager.save(state_of(template, step), rows[:count])
+        manager.save(state_of(template, step), rows[:count], [])
         manager.wait()
         kept.append(manager.steps())
     assert kept == [[8], [8, 16], [16, 24], [16, 24, 32], [16, 32, 40], [40, 48]]
@@ -175,9 +265,9 @@ def test_the_middle_of_an_epoch_is_never_the_best(template, tmp_path):
     """Catches a checkpoint without a validation of its own that displaces the best one."""
     manager = Checkpoints(tmp_path, 1, every_epochs=1)
     rows = history_of(8)
-    manager.save(state_of(template, 8), rows)
+    manager.save(state_of(template, 8), rows, [])
     for step in (10, 12, 14):
-        manager.save(state_of(template, step), rows, 0.5)
+        manager.save(state_of(template, step), rows, [], 0.5)
     manager.close()
     manager = Checkpoints(tmp_path, 1, every_epochs=1)
     assert manager.steps() == [8, 14]

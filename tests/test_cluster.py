@@ -41,6 +41,7 @@ class Processes:
         *flags: str,
         devices: int = 2,
         each: Callable[[int], tuple] = lambda i: (),
+        before: Callable[[int], tuple] = lambda i: (),
     ):
         self.all = []
         self.outputs = []
@@ -61,8 +62,8 @@ class Processes:
             with open(path, 'w') as output:
                 self.all.append(
                     subprocess.Popen(
-                        [sys.executable, 'run.py', *FLAGS, *flags, *each(i), *own]
-                        + [f'--workdir={directory}'],
+                        [*before(i), sys.executable, 'run.py', f'--workdir={directory}']
+                        + [*FLAGS, *flags, *each(i), *own],
                         cwd=ROOT,
                         env=environment,
                         stdout=output,
@@ -127,6 +128,11 @@ def assert_equal_runs(directory, alone):
     assert len(list(directory.glob('*tfevents*'))) == len(list(alone.glob('*tfevents*')))
 
 
+def elsewhere(directory: pathlib.Path) -> Callable[[int], tuple]:
+    """A workdir of its own for every process but the first, as where hosts share no files."""
+    return lambda i: (f'--workdir={directory}/{i}',) * bool(i)
+
+
 # Muon and Adam divide gradients by their size, so that rounding grows from step to step, to 1e-4
 # here. Of two terms there is one sum, to the last bit; of three, its order matters.
 SGD = ('--config.optimizer.name=sgd', '--config.optimizer.learning_rate=0.05',
@@ -138,10 +144,12 @@ SGD = ('--config.optimizer.name=sgd', '--config.optimizer.learning_rate=0.05',
 def test_several_processes_are_one(alone, tmp_path, count, optimizer):
     """30 steps and more. Catches shares of a batch that overlap, gradients that are summed, an
     image that is tested twice or not at all, and a second writer."""
-    together = Processes(count, tmp_path / 'run', *optimizer, devices=count)
+    own = tmp_path / 'own'
+    together = Processes(count, tmp_path / 'run', *optimizer, devices=count, each=elsewhere(own))
     assert together.codes() == [0] * count, together.said(0)[-3000:]
     assert_equal_runs(tmp_path / 'run', alone(count, *optimizer))
-    assert '[digits]' not in together.said(1)  # Process 0 speaks for all.
+    assert '[digits]' not in together.said(1)  # Process 0 speaks for all,
+    assert not own.exists()  # and writes.
 
 
 @pytest.mark.slow
@@ -154,7 +162,7 @@ def test_another_number_of_processes_goes_on(alone, tmp_path, before, after):
     assert first.codes() == [75] * before, first.said(0)[-3000:]
     steps = {re.search('has saved step (\\d+)', first.said(i))[1] for i in range(before)}
     assert len(steps) == 1
-    second = Processes(after, tmp_path / 'run')
+    second = Processes(after, tmp_path / 'run', each=elsewhere(tmp_path / 'own'))
     assert second.codes() == [0] * after, second.said(0)[-3000:]
     assert f'Going on after step {steps.pop()} of' in second.said(0)
     assert_equal_weights(tmp_path / 'run', alone(2))
@@ -198,6 +206,26 @@ def test_one_that_fails_alone_ends_the_others(tmp_path, wrong):
     assert 0 not in codes and 75 not in codes
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize('room', [0.2, 0.9])
+def test_a_full_disk_ends_all(alone, tmp_path, room):
+    """Process 0, which writes, says why. Catches others that wait for what it cannot save."""
+    if not chaos.may_mount():
+        pytest.skip('this system does not let its users mount')
+    written = (alone(2) / 'checkpoints').rglob('*')
+    size = int(room * sum(path.stat().st_size for path in written if path.is_file()))
+    (tmp_path / 'run').mkdir()
+    script = f'mount -t tmpfs -o size={size} tmpfs "$0" && shift && "$@"'
+    disk = (*chaos.UNSHARE, 'sh', '-c', script, str(tmp_path / 'run'), '--')
+    together = Processes(
+        2, tmp_path / 'run', '--config.num_epochs=100', before=lambda i: disk * (i == 0)
+    )
+    assert together.codes() == [2, 2]
+    last, theirs = (together.said(i).splitlines()[-1] for i in range(2))
+    assert last.startswith('error: a file cannot be written (No space left on device)'), last
+    assert theirs.startswith('error: process 0 has failed: '), theirs
+
+
 def test_one_process_is_no_cluster():
     """What everyone calls does the obvious thing."""
     assert cluster.is_main() and cluster.devices() is None
@@ -208,6 +236,8 @@ def test_one_process_is_no_cluster():
     assert cluster.from_main(lambda: 7) == 7
     with pytest.raises(BadInput, match='mine'):
         cluster.from_main(lambda: (_ for _ in ()).throw(BadInput('mine')))
+    arrays = {'a': np.arange(3)}
+    assert cluster.arrays_from_main(arrays) is arrays
     cluster.check_agreement('the config', {'seed': 0})
 
 

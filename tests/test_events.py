@@ -1,12 +1,15 @@
 """What a run that goes on takes out of TensorBoard's files, and what it leaves."""
 
+import functools
+import json
 import os
 
 import pytest
 import tensorflow as tf
 from clu import metric_writers
 
-from performer_vit import events
+from performer_vit import events, progress
+from tests.conftest import make_tiny_config
 
 
 def write(directory, values: dict[str, list[int]], hyperparameters: bool = False) -> None:
@@ -78,3 +81,56 @@ def test_other_files_are_not_touched(tmp_path):
     events.forget_after(tmp_path, 8)
     assert (path.read_bytes(), path.stat().st_ino) == before
     assert read(tmp_path / 'trial') == [('train/loss', 60)]
+
+
+def flip(path, place):
+    content = bytearray(path.read_bytes())
+    content[place] ^= 1
+    path.write_bytes(content)
+
+
+EXPECTED = [[3, {'train/loss': 1.5}], [4, {'epoch/seconds': 2.0}], [6, {'train/loss': 3.0}]]
+
+
+def test_what_is_missing_is_counted(tmp_path):
+    """In all files together. Catches a value that hides behind a damaged record."""
+    assert events.missing(tmp_path, EXPECTED) == 3
+    write(tmp_path, {'train/loss': [3, 6, 9]})
+    assert events.missing(tmp_path, EXPECTED) == 1
+    write(tmp_path, {'epoch/seconds': [4]})
+    assert events.missing(tmp_path, EXPECTED) == 0
+    first = min(tmp_path.iterdir(), key=lambda path: path.name)
+    flip(first, first.stat().st_size // 2)
+    assert 0 < events.missing(tmp_path, EXPECTED) < 3
+    assert events.missing(tmp_path, []) == 0
+
+
+@pytest.mark.parametrize('lost', ['nothing', 'a bit', 'half a file', 'the file'])
+def test_what_was_lost_is_shown_anew(tmp_path, lost, capsys):
+    """Each value once and in the order of steps, with the numbers that were shown first."""
+    config = make_tiny_config()
+    create = functools.partial(progress.Progress, tmp_path, 'digits', 'tiny', config)
+    shown = create(0, 12)
+    for step in (3, 6, 9):
+        shown.steps_done(step, {'loss': 1 / step})
+    kept = json.loads(json.dumps(shown.scalars[:2]))  # Of a checkpoint after step 6.
+    shown.close()
+    (path,) = tmp_path.iterdir()
+    before = events.scalars(tmp_path)
+    if lost == 'a bit':
+        flip(path, path.stat().st_size // 2)
+    elif lost == 'half a file':
+        os.truncate(path, path.stat().st_size // 2)
+    elif lost == 'the file':
+        path.unlink()
+    shown = create(6, 12, kept)
+    shown.steps_done(9, {'loss': 1 / 9})
+    shown.close()
+    after = events.scalars(tmp_path)
+    assert [step for tag, step, _ in after if tag == 'train/loss'] == [3, 6, 9]
+    times = 'train/images_per_second'
+    assert [each for each in after if each[:2] != (times, 9)] == [
+        each for each in before if each[:2] != (times, 9)
+    ]
+    assert [step for step, _ in shown.scalars] == [3, 6, 9]
+    assert ('are missing' in capsys.readouterr().out) == (lost != 'nothing')

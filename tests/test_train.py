@@ -266,9 +266,9 @@ def saved_state(config, directory):
     """Latest state and history in a workdir."""
     training = train.prepare(config, digits())
     manager = checkpoints.Checkpoints(directory / 'checkpoints', **config.checkpoint)
-    state, history, _ = manager.restore(training.state, manager.steps()[-1])
+    saved = manager.restore(training.state, manager.steps()[-1])
     manager.close()
-    return jax.tree.map(np.asarray, state), history
+    return jax.tree.map(np.asarray, saved.state), saved.history
 
 
 def without_seconds(history):
