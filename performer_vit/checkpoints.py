@@ -113,10 +113,10 @@ class Checkpoints:
         self.directory = pathlib.Path(directory).absolute()
         self._every_epochs = every_epochs
         self._preserved = _Preserved(keep)
-        if not cluster.is_main():
-            self._manager = None
-            return
-        self.directory.mkdir(parents=True, exist_ok=True)
+        self._manager = None
+        cluster.from_main(self._open)
+
+    def _open(self) -> None:
         options = ocp.CheckpointManagerOptions(
             preservation_policy=self._preserved,
             create=False,  # Which would have to be asked of all processes.
@@ -132,9 +132,19 @@ class Checkpoints:
                 timeout_secs=_NEVER, create_directories_asynchronously=False
             ),
         )
-        self._manager = ocp.CheckpointManager(
-            self.directory, options=options, item_names=('state', 'history')
-        )
+        try:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            self._manager = ocp.CheckpointManager(
+                self.directory, options=options, item_names=('state', 'history')
+            )
+        except OSError as error:
+            reason = files.no_access(error)
+            if reason is None:
+                raise
+            raise BadInput(
+                f'the checkpoints in {self.directory} cannot be read ({reason}): let this process '
+                'read them, and give the same command again.'
+            ) from error
 
     def steps(self) -> list[int]:
         """The steps that there are checkpoints of, in their order."""
@@ -222,7 +232,8 @@ class Checkpoints:
         except MemoryError:
             raise
         except Exception as error:  # Of any kind: anything may come of a damaged file.
-            reason = files.no_access(error)
+            directory = self.directory / f'{step}'
+            reason = files.no_access(error) or files.kept_from_reading(directory)
             if reason:
                 raise BadInput(
                     f'the checkpoint of step {step} in {self.directory} cannot be read ({reason}), '

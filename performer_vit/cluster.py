@@ -156,16 +156,17 @@ def from_main(function: Callable[[], Any]) -> Any:
     """
     if jax.process_count() == 1:
         return function()
-    outcome, error = {}, None
+    outcome, error = '', None
     if is_main():
         try:
-            outcome['value'] = function()
+            value = function()
+            outcome = json.dumps({'value': value})
         except BadInput as bad_input:
-            outcome['bad_input'] = str(bad_input)
+            outcome = json.dumps({'bad_input': str(bad_input)})
         except Exception as failure:
             error = failure
-            outcome['failure'] = one_line(error)
-    encoded = np.frombuffer(json.dumps(outcome).encode(), np.uint8)
+            outcome = json.dumps({'failure': one_line(error)})
+    encoded = np.frombuffer(outcome.encode(), np.uint8)
     size = int(multihost_utils.broadcast_one_to_all(np.array(encoded.size)))
     content = encoded if is_main() else np.zeros(size, np.uint8)
     received = json.loads(bytes(np.asarray(multihost_utils.broadcast_one_to_all(content))))
@@ -175,7 +176,7 @@ def from_main(function: Callable[[], Any]) -> Any:
         raise error
     if 'failure' in received:
         raise MainFailed(f'process 0 has failed: {received["failure"]}')
-    return outcome['value'] if is_main() else received['value']
+    return value if is_main() else received['value']
 
 
 def arrays_from_main(tree):

@@ -2,7 +2,7 @@
 
 import os
 import pathlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 
 from performer_vit import files
 
@@ -11,7 +11,9 @@ _AT_STEPS = ('train/', 'epoch/')
 _ANEW = ('test/', '_hparams_/')
 
 
-def forget_after(workdir: str | os.PathLike, step: int) -> None:
+def forget_after(
+    workdir: str | os.PathLike, step: int, again: Collection[tuple[str, int]] = ()
+) -> None:
     """Takes out of the event files what the run is going to write again.
 
     That is what it had written of the steps after `step`, of its test and of its hyperparameters,
@@ -22,13 +24,14 @@ def forget_after(workdir: str | os.PathLike, step: int) -> None:
     Args:
       workdir: the directory that they are in, not those below it.
       step: of the checkpoint, 0 for none.
+      again: tag and step of what else it is going to write again.
     """
     import tensorflow as tf  # Takes seconds: only a run needs it.
 
     for path in sorted(pathlib.Path(workdir).glob('*tfevents*')):
         records = list(_records(path))
         events = [tf.compat.v1.Event.FromString(record) for record in records]
-        kept = [r for r, event in zip(records, events, strict=True) if _stays(event, step)]
+        kept = [r for r, e in zip(records, events, strict=True) if _stays(e, step, again)]
         if len(kept) == len(records) and _is_whole(path, records):
             continue
         if all(tf.compat.v1.Event.FromString(record).file_version for record in kept):
@@ -79,9 +82,9 @@ def _is_whole(path: pathlib.Path, records: list[bytes]) -> bool:
     return path.stat().st_size == sum(len(record) + 16 for record in records)
 
 
-def _stays(event, step: int) -> bool:
+def _stays(event, step: int, again: Collection[tuple[str, int]]) -> bool:
     """Whether an event is to stay; a run writes one value an event."""
     tags = [value.tag for value in event.summary.value]
-    if any(tag.startswith(_ANEW) for tag in tags):
+    if any(tag.startswith(_ANEW) or (tag, event.step) in again for tag in tags):
         return False
     return event.step <= step or not any(tag.startswith(_AT_STEPS) for tag in tags)

@@ -10,8 +10,12 @@ from collections.abc import Iterator, Sequence
 
 # A disk that is full, a quota that is used up, a disk that became read-only.
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
-# Other rights, too many files open, a file server that was restarted: nothing is wrong with a file.
-_NO_ACCESS = (errno.EACCES, errno.EPERM, errno.EMFILE, errno.ENFILE, errno.ESTALE)
+# Other rights, too many files open, no memory, a file server that does not answer or was restarted:
+# nothing is wrong with a file.
+_NO_ACCESS = (
+    errno.EACCES, errno.EPERM, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ETIMEDOUT,
+    errno.ESTALE,
+)  # fmt: skip
 _UNFINISHED = '.unfinished'
 
 
@@ -61,6 +65,24 @@ def no_room(error: BaseException | None) -> str | None:
 def no_access(error: BaseException | None) -> str | None:
     """What the operating system said, if an error came of a file that it did not let be read."""
     return _said(error, _NO_ACCESS)
+
+
+def kept_from_reading(directory: str | os.PathLike) -> str | None:
+    """What the operating system says against reading what is below a directory; None: nothing.
+
+    Some libraries take a file that they may not see for one that is not there.
+    """
+
+    def refuse(error: OSError) -> None:
+        raise error
+
+    try:
+        for parent, _, names in os.walk(directory, onerror=refuse):
+            for name in names:
+                open(os.path.join(parent, name), 'rb').close()
+    except OSError as error:
+        return no_access(error)
+    return None
 
 
 def _said(error: BaseException | None, numbers: Sequence[int]) -> str | None:

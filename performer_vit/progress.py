@@ -72,27 +72,8 @@ class Progress:
         self._batch_size = config.batch_size
         self._num_epochs = config.num_epochs
         self.scalars = list(scalars)
-        if cluster.is_main():
-            lost = events.missing(workdir, scalars)
-            # What was lost is shown in its order: all of it anew.
-            events.forget_after(workdir, 0 if lost else first_step)
-            self._writer = metric_writers.create_default_writer(str(workdir), asynchronous=True)
-            if lost:
-                say(
-                    dataset_name,
-                    f"{lost:,} values are missing in TensorBoard's files, which are written anew "
-                    'from the checkpoint.',
-                )
-                for step, values in scalars:
-                    self._writer.write_scalars(step, values)
-        else:
-            self._writer = metric_writers.MultiWriter([])
-        fields = run_directory.flatten(config.to_dict())
-        hparams = {
-            key: value if isinstance(value, bool | int | float | str) else str(value)
-            for key, value in fields.items()
-        }
-        self._writer.write_hparams({**hparams, 'dataset_read': dataset_name})
+        self._writer = metric_writers.MultiWriter([])
+        cluster.from_main(lambda: self._open(workdir, config, first_step))
         self._hooks = []
         if config.profile and cluster.is_main():
             # Hooks hear of every `log_every_steps`-th step alone, so the trace goes from the first
@@ -117,6 +98,30 @@ class Progress:
             disable=not cluster.is_main(),
         )
         self.resume(first_step)
+
+    def _open(self, workdir: str | os.PathLike, config, first_step: int) -> None:
+        """Begins to write TensorBoard's files."""
+        from clu import metric_writers
+
+        lost = events.missing(workdir, self.scalars)
+        # What was lost is shown in its order, so all of it anew.
+        again = {(tag, step) for step, values in self.scalars for tag in values} if lost else ()
+        events.forget_after(workdir, first_step, again)
+        self._writer = metric_writers.create_default_writer(str(workdir), asynchronous=True)
+        if lost:
+            say(
+                self._dataset_name,
+                f"{lost:,} values are missing in TensorBoard's files: those of the checkpoint are "
+                'written anew.',
+            )
+            for step, values in self.scalars:
+                self._writer.write_scalars(step, values)
+        fields = run_directory.flatten(config.to_dict())
+        hparams = {
+            key: value if isinstance(value, bool | int | float | str) else str(value)
+            for key, value in fields.items()
+        }
+        self._writer.write_hparams({**hparams, 'dataset_read': self._dataset_name})
 
     def resume(self, step: int) -> None:
         """Starts the clock of images/s anew: what came before `step` was not training."""

@@ -346,22 +346,8 @@ def _run(
     asked_to_stop: Callable[[], bool],
 ) -> dict:
     say = functools.partial(progress.say, dataset.name)
-    finished = workdir / 'results.json'
-    results = cluster.from_main(
-        lambda: run_directory.read_json(finished) if finished.exists() else None
-    )
+    results = _finished(dataset, workdir, is_tested=finish is _test)
     if results is not None:
-        is_tested, here = 'test_accuracy' in results, finish is _test
-        if is_tested != here:
-            kinds = {True: 'tested', False: 'scored on validation images and not tested'}
-            raise BadInput(
-                f'the workdir {workdir} holds a finished run that was {kinds[is_tested]}; this one '
-                f'is to be {kinds[here]}: give it another --workdir=DIR.'
-            )
-        say(f'This run is finished, and nothing of it is done again. It is in {workdir}')
-        if cluster.is_main() and not (workdir / 'history.csv').exists():
-            run_directory.write_history(workdir / 'history.csv', results['history'])
-        say(evaluate.summary_table(results))
         return results
     say(_description(training, dataset, workdir))
 
@@ -371,8 +357,7 @@ def _run(
     first_step, last_step = int(state.step), config.num_epochs * training.steps_per_epoch
     if start:
         say(f'Going on after step {first_step:,} of {last_step:,}, from a checkpoint.')
-        if cluster.is_main():
-            run_directory.write_history(workdir / 'history.csv', history)
+        cluster.from_main(lambda: run_directory.write_history(workdir / 'history.csv', history))
     batches = functools.partial(
         input_pipeline.train_batches,
         dataset.train,
@@ -409,39 +394,19 @@ def _run(
             raise_if_bad(config, training, state, batches)
             seconds += time.perf_counter() - started
             if scalar(state.step) < end:
-                shown.flush()
+                cluster.from_main(shown.flush)
                 _save_and_stop(saved, state, history, shown.scalars, seconds)
-            counted = scalar(state.epoch_sums['steps'])
             skipped = scalar(state.skipped_steps)
             if skipped:
                 say(f'{skipped} steps so far were skipped: their numbers were not finite.')
-            row = {
-                'dataset': dataset.name,
-                'epoch': epoch + 1,
-                'step': end,
-                'train_loss': scalar(state.epoch_sums['loss']) / counted,
-                'train_accuracy': scalar(state.epoch_sums['accuracy']) / counted,
-                'validation_loss': None,
-                'validation_accuracy': None,
-                'learning_rate': scalar(metrics['learning_rate']),
-                'seconds': seconds,
-            }
+            row = _row(dataset, epoch + 1, end, state, metrics, seconds, predict)
             seconds = 0.0
-            if dataset.validation is not None:
-                log_probabilities = predict(state, dataset.validation)
-                labels = dataset.validation.labels
-                row['validation_loss'] = evaluate.negative_log_likelihood(labels, log_probabilities)
-                row['validation_accuracy'] = evaluate.accuracy(labels, log_probabilities)
-                raise_if_not_finite(row)
             history.append(row)
-            if cluster.is_main():
-                run_directory.write_history(workdir / 'history.csv', history)
             is_last = epoch + 1 == config.num_epochs or stops_early(
                 history, config.early_stopping_patience
             )
-            shown.epoch_done(row)
+            cluster.from_main(functools.partial(_tell, workdir, history, shown))
             if is_last or (epoch + 1) % config.checkpoint.every_epochs == 0:
-                shown.flush()
                 saved.save(cluster.first_replica(state), history, shown.scalars)
             # First: where `on_epoch` ends this run, the run after it would not hear of the signal.
             if asked_to_stop() and not is_last:
@@ -449,7 +414,6 @@ def _run(
             on_epoch(row)
             shown.resume(end)
         saved.wait()
-
         epoch_seconds = float(np.median([row['seconds'] for row in history]))
         results = {
             **evaluate.describe(config, dataset, training.model, training.num_params),
@@ -464,6 +428,10 @@ def _run(
         results = finish(
             _Fitted(config, dataset, workdir, training, state, saved, predict, shown, results)
         )
+    except (FloatingPointError, interruption.Interrupted):
+        # All processes come here, and none may leave while process 0 still writes.
+        saved.wait()
+        raise
     finally:
         try:
             saved.close()
@@ -472,6 +440,74 @@ def _run(
     say(evaluate.summary_table(results))
     say(f'Everything is in {workdir}')
     return results
+
+
+def _finished(dataset: datasets.Dataset, workdir: pathlib.Path, is_tested: bool) -> dict | None:
+    """The results of a run that is done, which are shown; None where it is not."""
+    say = functools.partial(progress.say, dataset.name)
+    path = workdir / 'results.json'
+    results = cluster.from_main(lambda: run_directory.read_json(path) if path.exists() else None)
+    if results is None:
+        return None
+    was_tested = 'test_accuracy' in results
+    if was_tested != is_tested:
+        kinds = {True: 'tested', False: 'scored on validation images and not tested'}
+        raise BadInput(
+            f'the workdir {workdir} holds a finished run that was {kinds[was_tested]}; this one is '
+            f'to be {kinds[is_tested]}: give it another --workdir=DIR.'
+        )
+    say(f'This run is finished, and nothing of it is done again. It is in {workdir}')
+    history = workdir / 'history.csv'
+    cluster.from_main(
+        lambda: history.exists() or run_directory.write_history(history, results['history'])
+    )
+    say(evaluate.summary_table(results))
+    return results
+
+
+def _tell(workdir: pathlib.Path, history: list[dict], shown: progress.Progress) -> None:
+    """Writes the history and shows its last row, all of it before there is a checkpoint of it."""
+    run_directory.write_history(workdir / 'history.csv', history)
+    shown.epoch_done(history[-1])
+    shown.flush()
+
+
+def _row(
+    dataset: datasets.Dataset,
+    epoch: int,
+    step: int,
+    state: TrainState,
+    metrics: dict,
+    seconds: float,
+    predict: Callable,
+) -> dict:
+    """The row of the history of an epoch that has ended, validated where there are images for it.
+
+    Args:
+      dataset, predict: of the run.
+      epoch, step: how many are done.
+      state, metrics: replicated, those of the last step.
+      seconds: that the steps of the epoch took.
+    """
+    counted = scalar(state.epoch_sums['steps'])
+    row = {
+        'dataset': dataset.name,
+        'epoch': epoch,
+        'step': step,
+        'train_loss': scalar(state.epoch_sums['loss']) / counted,
+        'train_accuracy': scalar(state.epoch_sums['accuracy']) / counted,
+        'validation_loss': None,
+        'validation_accuracy': None,
+        'learning_rate': scalar(metrics['learning_rate']),
+        'seconds': seconds,
+    }
+    if dataset.validation is not None:
+        log_probabilities = predict(state, dataset.validation)
+        labels = dataset.validation.labels
+        row['validation_loss'] = evaluate.negative_log_likelihood(labels, log_probabilities)
+        row['validation_accuracy'] = evaluate.accuracy(labels, log_probabilities)
+        raise_if_not_finite(row)
+    return row
 
 
 def _save_and_stop(
@@ -488,7 +524,6 @@ def _save_and_stop(
     # Between epochs there may be a checkpoint of this very step.
     if step not in saved.steps():
         saved.save(cluster.first_replica(state), history, scalars, seconds)
-        saved.wait()
     raise interruption.Interrupted(f'Asked to stop, this run has saved step {step:,}.')
 
 

@@ -207,7 +207,61 @@ def test_one_that_fails_alone_ends_the_others(tmp_path, wrong):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('room', [0.2, 0.9])
+def test_what_process_0_has_and_how_it_fails():
+    """Bit for bit, and by name. Catches a sum with zeros, which makes 0.0 of -0.0."""
+    with socket.socket() as free:
+        free.bind(('localhost', 0))
+        port = free.getsockname()[1]
+    program = f"""
+import sys
+import ml_dtypes
+import numpy as np
+from performer_vit import cluster
+from performer_vit.errors import BadInput
+
+process = int(sys.argv[1])
+cluster.join('localhost:{port}', 2, process)
+arrays = [
+    np.array([-0.0, np.nan, np.inf, 5e-324]), np.float32(-0.0), np.zeros((0, 3), np.float32),
+    np.array([[1, -2]], ml_dtypes.bfloat16), np.array([True, False]), np.uint32(2**32 - 1),
+]
+mine = arrays if not process else [np.ones_like(array) for array in arrays]
+for ours, expected in zip(cluster.arrays_from_main(mine), arrays, strict=True):
+    assert (ours.dtype, ours.shape) == (expected.dtype, expected.shape)
+    assert ours.tobytes() == expected.tobytes(), expected
+
+def wrong(error):
+    raise error
+
+assert cluster.from_main(lambda: [process]) == [0]
+for function in (
+    lambda: wrong(BadInput('bad')), lambda: wrong(OSError('worse')), lambda: {{1, 2}},
+):
+    try:
+        cluster.from_main(function)
+    except Exception as error:
+        print(type(error).__name__, error, sep=': ')
+"""
+    both = [
+        subprocess.Popen(
+            [sys.executable, '-c', program, f'{i}'], cwd=ROOT, stdout=subprocess.PIPE, text=True
+        )
+        for i in range(2)
+    ]
+    said = [process.communicate(timeout=300)[0].splitlines() for process in both]
+    assert [process.returncode for process in both] == [0, 0]
+    no_json = 'TypeError: Object of type set is not JSON serializable'
+    ours, theirs = ([line for line in lines if '[Gloo]' not in line] for lines in said)
+    assert ours == ['BadInput: bad', 'OSError: worse', no_json]
+    assert theirs == [
+        'BadInput: bad',
+        'MainFailed: process 0 has failed: OSError: worse',
+        f'MainFailed: process 0 has failed: {no_json}',
+    ]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('room', [0.02, 0.2, 0.9])
 def test_a_full_disk_ends_all(alone, tmp_path, room):
     """Process 0, which writes, says why. Catches others that wait for what it cannot save."""
     if not chaos.may_mount():

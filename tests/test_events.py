@@ -105,6 +105,13 @@ def test_what_is_missing_is_counted(tmp_path):
     assert events.missing(tmp_path, []) == 0
 
 
+def test_what_the_checkpoint_does_not_have_stays(tmp_path):
+    """The values of an earlier version, where others have to be written anew."""
+    write(tmp_path, {'train/loss': [1, 2, 3, 9], 'epoch/seconds': [2, 4]})
+    events.forget_after(tmp_path, 8, {('train/loss', 3), ('epoch/seconds', 4), ('train/loss', 6)})
+    assert read(tmp_path) == [('epoch/seconds', 2), ('train/loss', 1), ('train/loss', 2)]
+
+
 @pytest.mark.parametrize('lost', ['nothing', 'a bit', 'half a file', 'the file'])
 def test_what_was_lost_is_shown_anew(tmp_path, lost, capsys):
     """Each value once and in the order of steps, with the numbers that were shown first."""
