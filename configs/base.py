@@ -20,7 +20,7 @@ SIZES = {
         'model.width': 128,
         'model.mlp_dim': 128,
     },
-    # Ninety minutes on two CPU cores: deeper, longer, and nearly all images are for training.
+    # Eighty minutes on two CPU cores: deeper, longer, and nearly all images are for training.
     'large': {
         'num_epochs': 17,
         'dataset.validation_fraction': 0.02,
