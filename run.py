@@ -86,7 +86,7 @@ def _main(argv: list[str]) -> None:
         overrides = config_flags.get_override_values(config_flag)
         name = workdir.run_name(path, arguments, overrides)
         action(_CONFIG.value, _WORKDIR.value, name)
-    except (BadInput, FloatingPointError, cluster.MainFailed) as error:
+    except (BadInput, FloatingPointError, cluster.OtherFailed) as error:
         fail(error)
     except Exception as error:
         reason = files.no_room(error)

@@ -22,8 +22,8 @@ HEARTBEAT_TIMEOUT = 20
 _SHUTDOWN_TIMEOUT = 30
 
 
-class MainFailed(Exception):
-    """Process 0 has ended by an error, and so this one does."""
+class OtherFailed(Exception):
+    """Another process has ended by an error, and so this one does."""
 
 
 def join(coordinator: str | None, num_processes: int | None, process_id: int | None) -> None:
@@ -103,7 +103,9 @@ def first_replica(tree):
 
 def gather(array: np.ndarray) -> np.ndarray:
     """The arrays of all processes, (P, …), on each of them."""
-    return np.asarray(multihost_utils.process_allgather(array)).reshape(-1, *array.shape)
+    return np.asarray(multihost_utils.process_allgather(array)).reshape(
+        jax.process_count(), *array.shape
+    )
 
 
 def any_of(flag: bool) -> bool:
@@ -132,19 +134,50 @@ def check_agreement(what: str, values: Mapping[str, object]) -> None:
     names = sorted(values)
     texts = [json.dumps(values[name]) for name in names]
     codes = [hashlib.blake2b(text.encode(), digest_size=8).digest() for text in texts]
-    everywhere = gather(np.frombuffer(b''.join(codes), np.uint8).reshape(len(names), 8))
-    differing = np.argwhere((everywhere != everywhere[0]).any(-1))
+    theirs = gather(_bytes(b''.join(codes)).reshape(len(names), 8))
+    differing = np.argwhere((theirs != theirs[0]).any(-1))
     if not len(differing):
         return
     process, place = (int(number) for number in differing[0])
     # All processes come here, with the same place.
-    length = int(gather(np.array(len(texts[place]))).max())
-    shown = gather(np.frombuffer(texts[place].encode().ljust(4 * length), np.uint8)[: 4 * length])
-    theirs = [bytes(shown[i]).decode(errors='replace').strip() for i in (0, process)]
+    theirs = _texts(texts[place])
     raise BadInput(
-        f'the processes differ in {what}, in {names[place]}: {theirs[0]} in process 0, {theirs[1]} '
-        f'in process {process}. Start them all with the same.'
+        f'the processes differ in {what}, in {names[place]}: {theirs[0]} in process 0, '
+        f'{theirs[process]} in process {process}. Start them all with the same.'
     )
+
+
+def _texts(text: str) -> list[str]:
+    """The texts of all processes, none of which ends with spaces."""
+    content = text.encode()
+    length = int(gather(np.array(len(content))).max())
+    return [bytes(each).decode().rstrip() for each in gather(_bytes(content.ljust(length)))]
+
+
+def _bytes(content: bytes) -> np.ndarray:
+    return np.frombuffer(content, np.uint8)
+
+
+def everywhere(function: Callable[[], Any]) -> Any:
+    """What this process gets from a function that all of them call; where one fails, all do.
+
+    Raises:
+      OtherFailed: the function raised an error in another process, and none in this one.
+    """
+    if jax.process_count() == 1:
+        return function()
+    value, error = None, None
+    try:
+        value = function()
+    except Exception as failure:
+        error = failure
+    said = _texts(one_line(error) if error else '')
+    if error:
+        raise error
+    for process, text in enumerate(said):
+        if text:
+            raise OtherFailed(f'process {process} has failed: {text}')
+    return value
 
 
 def from_main(function: Callable[[], Any]) -> Any:
@@ -152,7 +185,7 @@ def from_main(function: Callable[[], Any]) -> Any:
 
     Raises:
       BadInput: in every process, where it was raised in process 0.
-      MainFailed: in the others, where process 0 raises any other error.
+      OtherFailed: in the others, where process 0 raises any other error.
     """
     if jax.process_count() == 1:
         return function()
@@ -166,7 +199,7 @@ def from_main(function: Callable[[], Any]) -> Any:
         except Exception as failure:
             error = failure
             outcome = json.dumps({'failure': one_line(error)})
-    encoded = np.frombuffer(outcome.encode(), np.uint8)
+    encoded = _bytes(outcome.encode())
     size = int(multihost_utils.broadcast_one_to_all(np.array(encoded.size)))
     content = encoded if is_main() else np.zeros(size, np.uint8)
     received = json.loads(bytes(np.asarray(multihost_utils.broadcast_one_to_all(content))))
@@ -175,7 +208,7 @@ def from_main(function: Callable[[], Any]) -> Any:
     if error:
         raise error
     if 'failure' in received:
-        raise MainFailed(f'process 0 has failed: {received["failure"]}')
+        raise OtherFailed(f'process 0 has failed: {received["failure"]}')
     return value if is_main() else received['value']
 
 
@@ -190,8 +223,7 @@ def arrays_from_main(tree):
 
     def share(array: np.ndarray) -> np.ndarray:
         # As bytes, since JAX sums what process 0 has with zeros, and -0.0 + 0.0 is 0.0.
-        content = np.frombuffer(array.tobytes(), np.uint8)
-        received = np.asarray(multihost_utils.broadcast_one_to_all(content))
+        received = np.asarray(multihost_utils.broadcast_one_to_all(_bytes(array.tobytes())))
         return np.frombuffer(received.tobytes(), array.dtype).reshape(array.shape)
 
     return jax.tree.map(share, tree)

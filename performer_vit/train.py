@@ -269,12 +269,17 @@ def train(config, workdir: str | os.PathLike | None = None, run_name: str = 'run
       BadInput: something in the config, the data or the workdir cannot be used.
       FloatingPointError: a loss or gradient was not finite; the message names the step.
     """
-    check(config)
+    cluster.everywhere(lambda: check(config))
     cluster.from_main(
         lambda: run_directory.check_writable(workdir or run_directory.default_workdir(run_name, ''))
     )
-    dataset = datasets.load(**config.dataset)
-    check_data(config, dataset)
+
+    def load() -> datasets.Dataset:
+        dataset = datasets.load(**config.dataset)
+        check_data(config, dataset)
+        return dataset
+
+    dataset = cluster.everywhere(load)
     workdir = workdir or run_directory.default_workdir(run_name, dataset.name)
     return _fit(config, dataset, workdir, _test, lambda row: None)
 
@@ -320,7 +325,7 @@ def _fit(
     on_epoch: Callable[[dict], None],
 ) -> dict:
     """The training itself, which `finish` ends: `_test` or `_score`."""
-    training = prepare(config, dataset)
+    training = cluster.everywhere(lambda: prepare(config, dataset))
     if jax.process_count() > 1:
         cluster.check_agreement('the data set that they read', datasets.fingerprints(dataset))
     cluster.check_agreement('their config', run_directory.flatten(config.to_dict()))

@@ -42,6 +42,7 @@ class Processes:
         devices: int = 2,
         each: Callable[[int], tuple] = lambda i: (),
         before: Callable[[int], tuple] = lambda i: (),
+        program: Callable[[int], tuple] = lambda i: ('run.py',),
     ):
         self.all = []
         self.outputs = []
@@ -62,7 +63,7 @@ class Processes:
             with open(path, 'w') as output:
                 self.all.append(
                     subprocess.Popen(
-                        [*before(i), sys.executable, 'run.py', f'--workdir={directory}']
+                        [*before(i), sys.executable, *program(i), f'--workdir={directory}']
                         + [*FLAGS, *flags, *each(i), *own],
                         cwd=ROOT,
                         env=environment,
@@ -194,12 +195,44 @@ def test_processes_that_differ_all_end_and_say_how(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize('wrong', [0, 1])
-def test_one_that_fails_alone_ends_the_others(tmp_path, wrong):
-    """Within a minute or so of its error. Catches processes that wait for one that ended."""
-    flags = ('--config.dataset.name=folder', f'--config.dataset.data_dir={tmp_path}/none')
+@pytest.mark.parametrize(
+    'flags, reason',
+    [
+        (('--config.batch_size=7',), 'batch_size is 7'),
+        (('--config.dataset.name=folder', '--config.dataset.data_dir=none'), 'is not a directory'),
+    ],
+)
+def test_what_one_cannot_use_ends_all(tmp_path, wrong, flags, reason):
+    """By its name, before anything is written."""
     together = Processes(2, tmp_path / 'run', each=lambda i: flags * (i == wrong))
+    assert together.codes() == [2, 2]
+    own, others = (together.said(i).splitlines()[-1] for i in (wrong, 1 - wrong))
+    assert re.fullmatch(f'error: [^:]*{reason}.*', own), own
+    assert re.fullmatch(f'error: process {wrong} has failed: BadInput: .*{reason}.*', others), (
+        others
+    )
+    assert not (tmp_path / 'run').exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('wrong', [0, 1])
+def test_one_that_fails_alone_ends_the_others(tmp_path, wrong):
+    """Within a minute or so of an error in a step. Catches those that wait for one that ended."""
+    program = """
+import runpy
+from performer_vit import train
+
+def fail(*_):
+    raise ArithmeticError('this process alone')
+
+train.report_steps = fail
+runpy.run_path('run.py', run_name='__main__')
+"""
+    together = Processes(
+        2, tmp_path / 'run', program=lambda i: ('-c', program) if i == wrong else ('run.py',)
+    )
     deadline = time.monotonic() + 120
-    while 'is not a directory' not in (said := together.said(wrong)):
+    while 'ArithmeticError: this process alone' not in (said := together.said(wrong)):
         assert time.monotonic() < deadline, said[-3000:]
         time.sleep(0.1)
     codes = together.codes(timeout=75)
@@ -241,6 +274,11 @@ for function in (
         cluster.from_main(function)
     except Exception as error:
         print(type(error).__name__, error, sep=': ')
+assert cluster.everywhere(lambda: {{process}}) == {{process}}
+try:
+    cluster.everywhere(lambda: process or wrong(ValueError('ä' * 400)))
+except Exception as error:
+    print(type(error).__name__, error, sep=': ')
 """
     both = [
         subprocess.Popen(
@@ -252,11 +290,13 @@ for function in (
     assert [process.returncode for process in both] == [0, 0]
     no_json = 'TypeError: Object of type set is not JSON serializable'
     ours, theirs = ([line for line in lines if '[Gloo]' not in line] for lines in said)
-    assert ours == ['BadInput: bad', 'OSError: worse', no_json]
+    assert ours == ['BadInput: bad', 'OSError: worse', no_json, f'ValueError: {"ä" * 400}']
+    cut = theirs.pop()
+    assert cut.startswith('OtherFailed: process 0 has failed: ValueError: …')
     assert theirs == [
         'BadInput: bad',
-        'MainFailed: process 0 has failed: OSError: worse',
-        f'MainFailed: process 0 has failed: {no_json}',
+        'OtherFailed: process 0 has failed: OSError: worse',
+        f'OtherFailed: process 0 has failed: {no_json}',
     ]
 
 
@@ -287,7 +327,7 @@ def test_one_process_is_no_cluster():
     np.testing.assert_array_equal(cluster.gather(np.arange(3)), [[0, 1, 2]])
     asked = object()
     assert cluster.together(asked, 5) is asked
-    assert cluster.from_main(lambda: 7) == 7
+    assert cluster.from_main(lambda: 7) == cluster.everywhere(lambda: 7) == 7
     with pytest.raises(BadInput, match='mine'):
         cluster.from_main(lambda: (_ for _ in ()).throw(BadInput('mine')))
     arrays = {'a': np.arange(3)}
