@@ -45,6 +45,8 @@ class Progress:
     Attributes:
       scalars: all that TensorBoard has of the training, as the checkpoints keep it: the argument,
         and what this process has shown since.
+      failure: why TensorBoard's files could not be written, or None. `flush` raises it, since of
+        several processes one alone must not end in the middle of an epoch.
 
     Args:
       workdir: where TensorBoard's event files go.
@@ -72,6 +74,7 @@ class Progress:
         self._batch_size = config.batch_size
         self._num_epochs = config.num_epochs
         self.scalars = list(scalars)
+        self.failure = None
         self._writer = metric_writers.MultiWriter([])
         cluster.from_main(lambda: self._open(workdir, config, first_step))
         self._hooks = []
@@ -141,7 +144,10 @@ class Progress:
             hook(step)
 
     def _show(self, step: int, scalars: dict[str, float]) -> None:
-        self._writer.write_scalars(step, scalars)
+        try:
+            self._writer.write_scalars(step, scalars)
+        except Exception as error:  # Of any kind: of the thread that writes, for what came before.
+            self.failure = self.failure or error
         self.scalars.append([step, scalars])
 
     def epoch_done(self, row: dict) -> None:
@@ -174,8 +180,10 @@ class Progress:
         """Waits until all that was shown is in TensorBoard's files.
 
         To be called before the checkpoint of a step is written: a run that goes on from there
-        shows nothing of the steps before.
+        shows nothing of the steps before. Raises what it could not be written for.
         """
+        if self.failure:
+            raise self.failure
         self._writer.flush()
 
     def close(self) -> None:

@@ -337,8 +337,7 @@ def _fit(
             return str(run_directory.claim(workdir, config.to_dict(), dataset.name))
 
         claimed = pathlib.Path(cluster.from_main(claim))
-        asked_to_stop = cluster.together(asked, config.log_every_steps)
-        return _run(config, dataset, claimed, training, finish, on_epoch, asked_to_stop)
+        return _run(config, dataset, claimed, training, finish, on_epoch, asked)
 
 
 def _run(
@@ -348,7 +347,7 @@ def _run(
     training: 'Training',
     finish: Callable[['_Fitted'], dict],
     on_epoch: Callable[[dict], None],
-    asked_to_stop: Callable[[], bool],
+    asked: Callable[[], bool],
 ) -> dict:
     say = functools.partial(progress.say, dataset.name)
     results = _finished(dataset, workdir, is_tested=finish is _test)
@@ -384,6 +383,9 @@ def _run(
     shown = progress.Progress(workdir, dataset.name, title, config, first_step, last_step, scalars)
 
     observe = functools.partial(report_steps, shown)
+    asked_to_stop = cluster.together(
+        lambda: asked() or shown.failure is not None, config.log_every_steps
+    )
     try:
         for row in history:
             on_epoch(row)

@@ -215,6 +215,33 @@ def test_what_one_cannot_use_ends_all(tmp_path, wrong, flags, reason):
 
 
 @pytest.mark.slow
+def test_what_tensorboard_fails_at_ends_all(tmp_path):
+    """Within the epoch. Its thread tells of a full disk at any step, and process 0 alone."""
+    program = """
+import runpy
+from performer_vit import progress
+
+open_files = progress.Progress._open
+
+def fail(*_):
+    raise OSError(28, 'No space left on device')
+
+def open_and_fail(self, *arguments):
+    open_files(self, *arguments)
+    self._writer.write_scalars = fail
+
+progress.Progress._open = open_and_fail
+runpy.run_path('run.py', run_name='__main__')
+"""
+    together = Processes(2, tmp_path / 'run', program=lambda i: ('-c', program))
+    assert together.codes() == [2, 2]
+    last, theirs = (together.said(i).splitlines()[-1] for i in range(2))
+    assert last.startswith('error: a file cannot be written (No space left on device)'), last
+    assert theirs.startswith('error: process 0 has failed: OSError'), theirs
+    assert 'Epoch 1/' not in together.said(0)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize('wrong', [0, 1])
 def test_one_that_fails_alone_ends_the_others(tmp_path, wrong):
     """Within a minute or so of an error in a step. Catches those that wait for one that ended."""
