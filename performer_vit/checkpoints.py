@@ -325,7 +325,8 @@ def _shared(template: TrainState, read: Callable[[], Saved | None]) -> Saved | N
     if rest is None:
         return None
     state = saved.state if cluster.is_main() else template
-    return Saved(**{**rest, 'state': cluster.arrays_from_main(jax.tree.map(np.asarray, state))})
+    state = cluster.arrays_from_main(jax.tree.map(np.asarray, state))
+    return Saved(**rest)._replace(state=state)
 
 
 def _best_row(rows: list[dict]) -> dict:

@@ -42,12 +42,6 @@ class Progress:
     missing of the steps before is shown again. Of several processes, process 0 alone shows
     anything.
 
-    Attributes:
-      scalars: all that TensorBoard has of the training, as the checkpoints keep it: the argument,
-        and what this process has shown since.
-      failure: why TensorBoard's files could not be written, or None. `flush` raises it, since of
-        several processes one alone must not end in the middle of an epoch.
-
     Args:
       workdir: where TensorBoard's event files go.
       dataset_name: what was really read; it leads every line and is a hyperparameter.
@@ -55,6 +49,12 @@ class Progress:
       config: of the run: its hyperparameters, and whether to trace steps with the profiler.
       first_step, last_step: of this process, and of the training.
       scalars: [step, {tag: value}] of what earlier processes had shown by the first step.
+
+    Attributes:
+      scalars: all that TensorBoard has of the training, as the checkpoints keep it: the argument,
+        and what this process has shown since.
+      failure: why TensorBoard's files could not be written, or None. `flush` raises it, since of
+        several processes one alone must not end in the middle of an epoch.
     """
 
     def __init__(

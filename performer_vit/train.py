@@ -421,6 +421,7 @@ def _run(
             on_epoch(row)
             shown.resume(end)
         saved.wait()
+
         epoch_seconds = float(np.median([row['seconds'] for row in history]))
         results = {
             **evaluate.describe(config, dataset, training.model, training.num_params),

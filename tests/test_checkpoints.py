@@ -18,7 +18,7 @@ from flax import linen as nn
 from performer_vit import chaos, checkpoints
 from performer_vit.checkpoints import Checkpoints
 from performer_vit.errors import BadInput
-from tests.conftest import ROOT
+from tests.conftest import ROOT, flip
 
 STEPS = (8, 16, 24)
 
@@ -90,13 +90,6 @@ def files_of(directory, step):
 
 def truncate(path):
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-
-
-def flip(path):
-    """The lowest bit in the middle of the file."""
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 1
-    path.write_bytes(content)
 
 
 def test_what_is_written_comes_back(written, template):

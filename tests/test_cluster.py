@@ -31,6 +31,12 @@ FLAGS = (
 )
 
 
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(('localhost', 0))
+        return free.getsockname()[1]
+
+
 class Processes:
     """`run.py` in so many processes that share the devices; one process joins no cluster."""
 
@@ -46,9 +52,7 @@ class Processes:
     ):
         self.all = []
         self.outputs = []
-        with socket.socket() as free:
-            free.bind(('localhost', 0))
-            port = free.getsockname()[1]
+        port = free_port()
         environment = {
             **os.environ,
             'XLA_FLAGS': f'--xla_force_host_platform_device_count={devices // count} '
@@ -269,9 +273,7 @@ runpy.run_path('run.py', run_name='__main__')
 @pytest.mark.slow
 def test_what_process_0_has_and_how_it_fails():
     """Bit for bit, and by name. Catches a sum with zeros, which makes 0.0 of -0.0."""
-    with socket.socket() as free:
-        free.bind(('localhost', 0))
-        port = free.getsockname()[1]
+    port = free_port()
     program = f"""
 import sys
 import ml_dtypes
