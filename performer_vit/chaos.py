@@ -191,7 +191,7 @@ def damage(change: Callable[[bytes, random.Random], bytes], workdir, moments, un
     training.ends(0)
     if f'Going on after step {int(newest.name):,}' in training.output:
         return  # Bytes that nothing reads: the comparison is the judge.
-    for text in (f'step {newest.name} in', 'is damaged', f'step {before.name} is used'):
+    for text in (f'step {newest.name} in', 'cannot be used', f'step {before.name} is used'):
         if text not in training.output:
             raise LostError(f'{text!r} is not said: {training.output[-2000:]}')
     if not (workdir / 'damaged_checkpoints' / newest.name).is_dir():
@@ -224,8 +224,9 @@ def damage_events(change, workdir, moments, undisturbed) -> None:
         path.write_bytes(change(path.read_bytes(), moments))
     training = Training(workdir)
     training.ends(0)
-    if change is None and "values are missing in TensorBoard's files" not in training.output:
-        raise LostError(f'it is not said: {training.output[-2000:]}')
+    text = "TensorBoard's files lack"
+    if change is None and text not in training.output:
+        raise LostError(f'{text!r} is not said: {training.output[-2000:]}')
 
 
 def train_twice(workdir, moments, undisturbed) -> None:

@@ -141,10 +141,7 @@ class Checkpoints:
             reason = files.no_access(error)
             if reason is None:
                 raise
-            raise BadInput(
-                f'the checkpoints in {self.directory} cannot be read ({reason}): let this process '
-                'read them, and give the same command again.'
-            ) from error
+            raise _unreadable(f'the checkpoints in {self.directory}', reason) from error
 
     def steps(self) -> list[int]:
         """The steps that there are checkpoints of, in their order."""
@@ -235,10 +232,8 @@ class Checkpoints:
             directory = self.directory / f'{step}'
             reason = files.no_access(error) or files.kept_from_reading(directory)
             if reason:
-                raise BadInput(
-                    f'the checkpoint of step {step} in {self.directory} cannot be read ({reason}), '
-                    'whole as it may be: let this process read it, and give the same command again.'
-                ) from error
+                what = f'the checkpoint of step {step} in {self.directory}'
+                raise _unreadable(what, reason) from error
             if 'tree structures do not match' in str(error):
                 raise _Unusable(
                     f'the checkpoint of step {step} in {self.directory} holds another state than '
@@ -275,12 +270,12 @@ class Checkpoints:
                 damaged[step] = error
                 continue
             for bad, error in damaged.items():
+                target = _move_away(self.directory, bad)
                 warn(
-                    f'the checkpoint of step {bad} in {self.directory} is damaged '
-                    f'({one_line(error.__cause__)}). It is moved, and the one of step {step} is '
-                    'used.'
+                    f'the checkpoint of step {bad} in {self.directory} cannot be used '
+                    f'({one_line(error.__cause__)}). It is in {target} now, and the one of step '
+                    f'{step} is used.'
                 )
-                _move_away(self.directory, bad)
             if damaged:
                 self._manager.reload()
             return saved
@@ -357,9 +352,19 @@ def _digest(state: TrainState, progress: Mapping) -> str:
     return digest.hexdigest()
 
 
-def _move_away(directory: pathlib.Path, step: int) -> None:
+def _unreadable(what: str, reason: str) -> BadInput:
+    """The error for what the operating system does not let be read, for a reason of its own."""
+    return BadInput(
+        f'{what} cannot be read ({reason}), but may well be whole: mend that (rights, open files, '
+        'memory, the file server), and give the same command again.'
+    )
+
+
+def _move_away(directory: pathlib.Path, step: int) -> pathlib.Path:
     target = directory.with_name('damaged_checkpoints')
     target.mkdir(exist_ok=True)
     taken = {path.name for path in target.iterdir()}
     names = itertools.chain([f'{step}'], (f'{step}-{number}' for number in itertools.count(2)))
-    (directory / f'{step}').rename(target / next(name for name in names if name not in taken))
+    return (directory / f'{step}').rename(
+        target / next(name for name in names if name not in taken)
+    )

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from performer_vit.errors import BadInput, one_line
+from performer_vit.errors import BadInput, one_line, shown
 
 # Seconds without a sign of life after which a process is taken to be dead, and the others end.
 HEARTBEAT_TIMEOUT = 20
@@ -124,14 +124,16 @@ def together(asked: Callable[[], bool], every: int) -> Callable[[], bool]:
     return lambda: next(calls) % every == 0 and any_of(asked())
 
 
-def check_agreement(what: str, values: Mapping[str, object]) -> None:
+def check_agreement(what: str, values: Mapping[str, object], remedy: str) -> None:
     """Raises `BadInput` in every process where one has another value under a name than process 0.
 
     Args:
       what: the whole of the values, in the message.
-      values: JSON can represent them; the names are the same in all processes.
+      values: JSON can represent them; the names are the same in all processes, in one order: the
+        first that differs is named.
+      remedy: what to do, a sentence.
     """
-    names = sorted(values)
+    names = list(values)
     texts = [json.dumps(values[name]) for name in names]
     codes = [hashlib.blake2b(text.encode(), digest_size=8).digest() for text in texts]
     theirs = gather(_bytes(b''.join(codes)).reshape(len(names), 8))
@@ -141,9 +143,10 @@ def check_agreement(what: str, values: Mapping[str, object]) -> None:
     process, place = (int(number) for number in differing[0])
     # All processes come here, with the same place.
     theirs = _texts(texts[place])
+    first, other = (shown(json.loads(theirs[index])) for index in (0, process))
     raise BadInput(
-        f'the processes differ in {what}, in {names[place]}: {theirs[0]} in process 0, '
-        f'{theirs[process]} in process {process}. Start them all with the same.'
+        f'the processes differ in {what}, in {names[place]}: {first} in process 0, {other} in '
+        f'process {process}. {remedy}'
     )
 
 
@@ -156,6 +159,20 @@ def _texts(text: str) -> list[str]:
 
 def _bytes(content: bytes) -> np.ndarray:
     return np.frombuffer(content, np.uint8)
+
+
+def _told(error: Exception) -> str:
+    """What the other processes say of an error that ends them too."""
+    if isinstance(error, BadInput):  # Which says all.
+        return str(error)
+    return (
+        f'{one_line(error).rstrip(".")}. The output of that process says more; when it is mended, '
+        'the same command goes on from what is saved.'
+    )
+
+
+def _other_failed(process: int, told: str) -> OtherFailed:
+    return OtherFailed(f'process {process} has failed, and this one ends with it: {told}')
 
 
 def everywhere(function: Callable[[], Any]) -> Any:
@@ -171,12 +188,12 @@ def everywhere(function: Callable[[], Any]) -> Any:
         value = function()
     except Exception as failure:
         error = failure
-    said = _texts(one_line(error) if error else '')
+    said = _texts(_told(error) if error else '')
     if error:
         raise error
     for process, text in enumerate(said):
         if text:
-            raise OtherFailed(f'process {process} has failed: {text}')
+            raise _other_failed(process, text)
     return value
 
 
@@ -198,7 +215,7 @@ def from_main(function: Callable[[], Any]) -> Any:
             outcome = json.dumps({'bad_input': str(bad_input)})
         except Exception as failure:
             error = failure
-            outcome = json.dumps({'failure': one_line(error)})
+            outcome = json.dumps({'failure': _told(error)})
     encoded = _bytes(outcome.encode())
     size = int(multihost_utils.broadcast_one_to_all(np.array(encoded.size)))
     content = encoded if is_main() else np.zeros(size, np.uint8)
@@ -208,7 +225,7 @@ def from_main(function: Callable[[], Any]) -> Any:
     if error:
         raise error
     if 'failure' in received:
-        raise OtherFailed(f'process 0 has failed: {received["failure"]}')
+        raise _other_failed(0, received['failure'])
     return value if is_main() else received['value']
 
 

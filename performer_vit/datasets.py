@@ -337,7 +337,8 @@ def _hold_out_fold(
     classes, counts = np.unique(full.labels, return_counts=True)
     least = int(counts.min())
     if least < num_folds:
-        allowed = f'set dataset.num_folds to a number from 2 to {least}, or ' * (least > 1)
+        numbers = '2' if least == 2 else f'a number from 2 to {least}'
+        allowed = f'set dataset.num_folds to {numbers}, or ' * (least > 1)
         raise BadInput(
             f'dataset.num_folds is {num_folds}, but each fold needs an image of each class, and '
             f'class {class_names[classes[counts.argmin()]]!r} has {least} for training: '
@@ -354,8 +355,7 @@ def _too_few(full: Split, fraction: float, reason: str) -> str:
     return (
         f'{len(full)} training images, {smallest} in the smallest class, cannot be split by class '
         f'with dataset.validation_fraction {fraction} of them held out: {reason.rstrip(".")}. Each '
-        'class must be in both parts. Give more images, choose another fraction, or train on all '
-        'with 0.'
+        'class must be in both parts. Give more images, or choose another fraction.'
     )
 
 
@@ -611,8 +611,9 @@ def _read_prepared(name: str, directory: pathlib.Path):
         raise
     except Exception as error:  # Whatever goes wrong while reading is the directory's fault.
         raise BadInput(
-            f'The prepared data set in {directory} is truncated or corrupt: {one_line(error)}. '
-            f'Delete {directory} and prepare {name} again with TFDS, or restore it from a copy.'
+            f'The prepared data set in {directory} cannot be used as {name}; it may be truncated '
+            f'or corrupt: {one_line(error).rstrip(".")}. Restore it from a copy, or prepare {name} '
+            'with TFDS in another directory.'
         ) from error
     return class_names, train, test
 

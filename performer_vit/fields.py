@@ -59,7 +59,7 @@ def _are_grids(value: object) -> bool:
     )
 
 
-_TEXT = _Kind('a text', is_text)
+_TEXT = _Kind('a text in UTF-8 without NUL characters', is_text)
 _BOOLEAN = _Kind('True or False', lambda value: isinstance(value, bool))
 
 FIELDS = {

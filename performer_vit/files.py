@@ -91,10 +91,13 @@ def _said(error: BaseException | None, numbers: Sequence[int]) -> str | None:
     The libraries that read and write raise errors of their own kinds, from threads of their own; so
     the text counts too, and so do the errors that one came from.
     """
-    while error is not None:
+    seen = []
+    # An error that is raised again while another is handled that came of it makes a circle.
+    while error is not None and error not in seen:
         for number in numbers:
             reason = os.strerror(number)
             if getattr(error, 'errno', None) == number or reason in str(error):
                 return reason
+        seen.append(error)
         error = error.__cause__ or error.__context__
     return None

@@ -53,6 +53,8 @@ def deferred() -> Iterator[Callable[[], bool]]:
 def _ending_at_the_second(numbers: Sequence[int]) -> Iterator[None]:
     """Within, the second signal ends the process with 128 + its number, whatever Python waits for.
 
+    Both are answered by a line on the standard error.
+
     Python calls a handler only between two operations of its own, so not while XLA compiles; but it
     writes the number of each signal to a file at once, which a thread reads here.
     """
@@ -68,8 +70,13 @@ def _ending_at_the_second(numbers: Sequence[int]) -> Iterator[None]:
             while number := signals.read(1)[0]:  # 0: no signal, but the end of the block.
                 if number in numbers:
                     if not first:
+                        _tell('Ended at once. The same command goes on from what was saved before.')
                         os._exit(128 + number)
                     first = False
+                    _tell(
+                        'Asked to stop: this run finishes what it is at, and saves. A second '
+                        'signal ends it at once.'
+                    )
 
     before = signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
     thread = threading.Thread(target=watch, name='second signal', daemon=True)
@@ -81,3 +88,9 @@ def _ending_at_the_second(numbers: Sequence[int]) -> Iterator[None]:
         os.write(writing, b'\0')
         thread.join()
         os.close(writing)
+
+
+def _tell(line: str) -> None:
+    """Writes a line below the bar of progress; Python's own stream may be in use, or be closed."""
+    with contextlib.suppress(OSError):
+        os.write(2, f'\n{line}\n'.encode())

@@ -4,10 +4,11 @@ import contextlib
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import jax
 import numpy as np
+from clu.asynclib import AsyncError
 from tqdm import tqdm
 
 from performer_vit import cluster, events
@@ -114,8 +115,8 @@ class Progress:
         if lost:
             say(
                 self._dataset_name,
-                f"{lost:,} values are missing in TensorBoard's files: those of the checkpoint are "
-                'written anew.',
+                f"TensorBoard's files lack {lost:,} of the values up to step {first_step:,}: all "
+                'of them are written again, from the checkpoint.',
             )
             for step, values in self.scalars:
                 self._writer.write_scalars(step, values)
@@ -145,8 +146,9 @@ class Progress:
 
     def _show(self, step: int, scalars: dict[str, float]) -> None:
         try:
-            self._writer.write_scalars(step, scalars)
-        except Exception as error:  # Of any kind: of the thread that writes, for what came before.
+            with _errors_of_the_thread():
+                self._writer.write_scalars(step, scalars)
+        except Exception as error:  # Of any kind, and of what was written before.
             self.failure = self.failure or error
         self.scalars.append([step, scalars])
 
@@ -172,8 +174,9 @@ class Progress:
 
     def tested(self, step: int, loss: float, accuracy: float, images: dict[str, np.ndarray]):
         """Shows the final test of the state of `step`; `images` are (h, w, 3) uint8 by name."""
-        self._writer.write_scalars(step, {'test/loss': loss, 'test/accuracy': accuracy})
-        self._writer.write_images(step, {name: image[None] for name, image in images.items()})
+        with _errors_of_the_thread():
+            self._writer.write_scalars(step, {'test/loss': loss, 'test/accuracy': accuracy})
+            self._writer.write_images(step, {name: image[None] for name, image in images.items()})
         self.flush()
 
     def flush(self) -> None:
@@ -184,7 +187,8 @@ class Progress:
         """
         if self.failure:
             raise self.failure
-        self._writer.flush()
+        with _errors_of_the_thread():
+            self._writer.flush()
 
     def close(self) -> None:
         """Ends the bar and writes out what TensorBoard's files still lack."""
@@ -193,4 +197,19 @@ class Progress:
             # A run may end while steps are traced; where none are, there is nothing to stop.
             with contextlib.suppress(RuntimeError):
                 jax.profiler.stop_trace()
-        self._writer.close()
+        with _errors_of_the_thread():
+            self._writer.close()
+
+
+@contextlib.contextmanager
+def _errors_of_the_thread() -> Iterator[None]:
+    """Raises the errors of the thread that writes TensorBoard's files as they were there.
+
+    clu wraps them in advice to whoever programs with it.
+    """
+    try:
+        yield
+    except AsyncError as error:
+        while isinstance(error, AsyncError):
+            error = error.__cause__
+        raise error

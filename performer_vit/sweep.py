@@ -270,7 +270,9 @@ def _run(trial: Trial, config, dataset: datasets.Dataset, num_folds: int) -> Non
     except (jax.errors.JaxRuntimeError, MemoryError) as error:
         if not isinstance(error, MemoryError) and 'RESOURCE_EXHAUSTED' not in str(error):
             raise
-        state, message = TrialState.FAIL, f'more memory needed than there is: {one_line(error)}'
+        # Python's own says nothing.
+        reason = f': {one_line(error)}' if str(error) else ''
+        state, message = TrialState.FAIL, f'more memory needed than there is{reason}'
     trial.finish(
         state,
         value,

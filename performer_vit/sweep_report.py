@@ -1,6 +1,7 @@
 """What a sweep leaves behind: `results.json`, tables, the best config, figures, and its words."""
 
 import pathlib
+import shlex
 from collections.abc import Mapping, Sequence
 
 from optuna.trial import FrozenTrial
@@ -192,7 +193,8 @@ def ending(results: Mapping, undrawn: Sequence[str], workdir: pathlib.Path) -> s
         best = _name(results['best'])
         lines.append(
             f'Best: {best}, {_percent(results["best"]["value"])}. To train and test it: '
-            f'python run.py --config={workdir / "best_config.py"} --workdir={workdir}-{best}'
+            f'python run.py --config={shlex.quote(str(workdir / "best_config.py"))} '
+            f'--workdir={shlex.quote(f"{workdir}-{best}")}'
         )
     return '\n'.join([*lines, f'Everything is in {workdir}'])
 

@@ -63,6 +63,7 @@ def check(config) -> None:
 
 def check_scored(config) -> None:
     """What `check` does, and `BadInput` for what cannot be where validation is the score."""
+    _check(config)
     if not config.dataset.validation_fraction and config.dataset.fold < 0:
         raise BadInput(
             'dataset.validation_fraction is 0, but the validation split is what scores this run: '
@@ -73,7 +74,6 @@ def check_scored(config) -> None:
             f'early_stopping_patience is {config.early_stopping_patience}, but the validation '
             'split is what scores this run, and must not choose when it stops: set it to 0.'
         )
-    _check(config)
 
 
 def _check(config) -> None:
@@ -325,16 +325,28 @@ def _fit(
     on_epoch: Callable[[dict], None],
 ) -> dict:
     """The training itself, which `finish` ends: `_test` or `_score`."""
-    training = cluster.everywhere(lambda: prepare(config, dataset))
+    cluster.check_agreement(
+        'their config',
+        run_directory.flatten(config.to_dict()),
+        'Start all of them with the same flags and the same files of configs/.',
+    )
     if jax.process_count() > 1:
-        cluster.check_agreement('the data set that they read', datasets.fingerprints(dataset))
-    cluster.check_agreement('their config', run_directory.flatten(config.to_dict()))
+        cluster.check_agreement(
+            'the data set that they read',
+            datasets.fingerprints(dataset),
+            "Give all of them the same files; where dataset.fallback is 'none', none of them reads "
+            'another data set in place of one that it lacks.',
+        )
+    training = cluster.everywhere(lambda: prepare(config, dataset))
     with contextlib.ExitStack() as stack:
         asked = stack.enter_context(interruption.deferred())
 
         def claim() -> str:
             stack.enter_context(run_directory.alone(workdir))
-            return str(run_directory.claim(workdir, config.to_dict(), dataset.name))
+            claimed = run_directory.claim(workdir, config.to_dict(), dataset.name)
+            # Not only after an epoch, where the directory is another user's, say.
+            run_directory.check_writable(claimed / 'checkpoints')
+            return str(claimed)
 
         claimed = pathlib.Path(cluster.from_main(claim))
         return _run(config, dataset, claimed, training, finish, on_epoch, asked)

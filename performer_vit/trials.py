@@ -197,13 +197,14 @@ class Trials:
         """Raises `BadInput` where a study without a definition is not that of a new sweep."""
         if any(self.workdir.glob('trial_[0-9]*')):
             raise BadInput(
-                f'sweep.storage is {told}, which knows nothing of the trials in {self.workdir}: '
-                'restore the database that has them, or give the sweep another --workdir=DIR.'
+                f'sweep.storage is {told}, a database without the trials in {self.workdir}: '
+                'restore the one that has them, which all workers must reach, or give the sweep '
+                'another --workdir=DIR.'
             )
         if self.all():
             raise BadInput(
-                f'sweep.storage is {told}, whose study {self._study.study_name} has trials of '
-                'something else than this: give the sweep another --workdir=DIR.'
+                f'sweep.storage is {told}, whose study {self._study.study_name} has trials that '
+                'another program made: give the sweep another --workdir=DIR or sweep.storage.'
             )
 
     def alone(self) -> IO:
@@ -253,7 +254,8 @@ class Trials:
                     orphan.finish(
                         TrialState.FAIL, epochs=None, seconds=None,
                         message=f'{_MOST_DEATHS} processes in a row died while they worked on it, '
-                        'none of them after a further step: it may need more memory than there is',
+                        'and no epoch (in a cross-validation: no fold) was finished in between: it '
+                        'may need more memory than there is, or somebody ended them',
                     )  # fmt: skip
                     orphan.close()
             if len(trials) >= num_trials:

@@ -124,6 +124,7 @@ def test_every_file_of_the_newest_may_be_damaged(written, template, tmp_path, da
         assert is_whole(saved, template, 16), file
         (warning,) = warnings
         assert f'checkpoint of step 24 in {directory}' in warning and 'step 16 is used' in warning
+        assert f'It is in {aside} now' in warning
         assert (aside / file.relative_to(written / '24')).read_bytes() == content
     assert gone_around >= 2  # Of the files that hold numbers, at the least.
 

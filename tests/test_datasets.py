@@ -248,7 +248,7 @@ def test_damaged_prepared_directory_is_refused(prepared, damage, names):
         datasets.load('cifar10', data_dir=prepared, notify=pytest.fail)
     message = str(caught.value)
     assert str(directory) in message and names in message
-    assert 'truncated or corrupt' in message and 'prepare cifar10 again' in message
+    assert 'truncated or corrupt' in message and 'prepare cifar10 with TFDS' in message
 
 
 def test_fingerprints_tell_data_apart():

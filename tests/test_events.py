@@ -134,4 +134,4 @@ def test_what_was_lost_is_shown_anew(tmp_path, lost, capsys):
         each for each in before if each[:2] != (times, 9)
     ]
     assert [step for step, _ in shown.scalars] == [3, 6, 9]
-    assert ('are missing' in capsys.readouterr().out) == (lost != 'nothing')
+    assert ('files lack' in capsys.readouterr().out) == (lost != 'nothing')

@@ -60,3 +60,10 @@ def test_a_full_disk_is_told_however_it_is_wrapped():
 def test_other_errors_are_no_full_disk():
     for error in (None, ValueError('RESOURCE_EXHAUSTED: out of memory'), PermissionError(13, 'no')):
         assert files.no_room(error) is None
+
+
+def test_errors_that_came_of_each_other():
+    """As where one is raised again while what came of it is handled. Catches a search for ever."""
+    first, second = ValueError('one'), ValueError('two')
+    first.__context__, second.__cause__ = second, first
+    assert files.no_room(first) is None

@@ -96,8 +96,13 @@ with interruption.deferred() as asked:
     threading.Thread(target=ask_twice, daemon=True).start()
     hashlib.pbkdf2_hmac('sha256', b'', b'', 10**9)
 """
-    done = subprocess.run([sys.executable, '-c', code], cwd=ROOT, timeout=60)
+    done = subprocess.run(
+        [sys.executable, '-c', code], cwd=ROOT, timeout=60, capture_output=True, text=True
+    )
     assert done.returncode == 128 + numbers[1]
+    first, second = filter(None, done.stderr.splitlines())
+    assert first.startswith('Asked to stop: this run finishes what it is at, and saves.')
+    assert second.startswith('Ended at once. The same command goes on')
 
 
 def test_who_was_told_of_signals_is_told_again_afterwards():

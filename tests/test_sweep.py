@@ -321,13 +321,13 @@ def test_a_database_that_knows_nothing_of_the_trials(tmp_path, trainer):
     config = config_of(num_trials=1)
     sweep.sweep(config, tmp_path)
     (tmp_path / 'study.sqlite3').unlink()
-    with pytest.raises(BadInput, match=r'study\.sqlite3, which knows nothing of the trials in'):
+    with pytest.raises(BadInput, match=r'study\.sqlite3, a database without the trials in'):
         sweep.sweep(config_of(num_trials=2), tmp_path)
     assert len(trainer.configs) == 1
     storage = f'sqlite:///{tmp_path}/theirs.sqlite3'
     study = optuna.create_study(storage=storage, study_name=str(tmp_path / 'new'))
     study.ask()
-    with pytest.raises(BadInput, match=r'has trials of something else than this'):
+    with pytest.raises(BadInput, match=r'has trials that another program made'):
         sweep.sweep(config_of(storage=storage), tmp_path / 'new')
 
 

@@ -1,6 +1,7 @@
 """The training step and the loop, on a small model and the digits."""
 
 import dataclasses
+import errno
 import functools
 import os
 import shutil
@@ -20,6 +21,7 @@ from performer_vit import (
     crossval,
     datasets,
     evaluate,
+    files,
     input_pipeline,
     interruption,
     muon,
@@ -762,3 +764,16 @@ def test_another_config_on_a_workdir_is_refused(finished):
     other.seed = 1
     with pytest.raises(BadInput, match='seed: 0 there, 1 here'):
         train.train(other, directory)
+
+
+def test_checkpoints_that_cannot_be_written_are_told_before_any_work(finished, monkeypatch):
+    """Such as another user's in a workdir of one's own. Catches an epoch that is lost."""
+    config, directory, _ = finished
+
+    def try_to_write(path):
+        if path == directory / 'checkpoints':
+            raise PermissionError(errno.EACCES, 'Permission denied')
+
+    monkeypatch.setattr(files, 'try_to_write', try_to_write)
+    with pytest.raises(BadInput, match=r'checkpoints cannot be written \(Permission denied\)'):
+        train.train(config, directory)
