@@ -143,10 +143,14 @@ def check_agreement(what: str, values: Mapping[str, object], remedy: str) -> Non
     process, place = (int(number) for number in differing[0])
     # All processes come here, with the same place.
     theirs = _texts(texts[place])
-    first, other = (shown(json.loads(theirs[index])) for index in (0, process))
+    name, first, other = names[place], *(json.loads(theirs[index]) for index in (0, process))
+    if isinstance(first, list) and isinstance(other, list):  # Of which there may be hundreds.
+        pairs = enumerate(itertools.zip_longest(first, other))
+        at, (first, other) = next((at, pair) for at, pair in pairs if pair[0] != pair[1])
+        name = f'{name}, number {at + 1}'
     raise BadInput(
-        f'the processes differ in {what}, in {names[place]}: {first} in process 0, {other} in '
-        f'process {process}. {remedy}'
+        f'the processes differ in {what}, in {name}: {shown(first)} in process 0, {shown(other)} '
+        f'in process {process}. {remedy}'
     )
 
 
@@ -166,8 +170,8 @@ def _told(error: Exception) -> str:
     if isinstance(error, BadInput):  # Which says all.
         return str(error)
     return (
-        f'{one_line(error).rstrip(".")}. The output of that process says more; when it is mended, '
-        'the same command goes on from what is saved.'
+        f'{one_line(error).rstrip(".: ")}. The output of that process says more. Mend the cause '
+        'and give the same commands again: they go on from what is saved.'
     )
 
 

@@ -355,7 +355,8 @@ def _too_few(full: Split, fraction: float, reason: str) -> str:
     return (
         f'{len(full)} training images, {smallest} in the smallest class, cannot be split by class '
         f'with dataset.validation_fraction {fraction} of them held out: {reason.rstrip(".")}. Each '
-        'class must be in both parts. Give more images, or choose another fraction.'
+        'class must be in both parts. Give more images, or choose another fraction; 0 where '
+        'nothing needs a validation split.'
     )
 
 
@@ -613,7 +614,7 @@ def _read_prepared(name: str, directory: pathlib.Path):
         raise BadInput(
             f'The prepared data set in {directory} cannot be used as {name}; it may be truncated '
             f'or corrupt: {one_line(error).rstrip(".")}. Restore it from a copy, or prepare {name} '
-            'with TFDS in another directory.'
+            'with TFDS in another directory and name that by dataset.data_dir.'
         ) from error
     return class_names, train, test
 

@@ -2,7 +2,9 @@
 
 import contextlib
 import os
+import select
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 
@@ -53,7 +55,7 @@ def deferred() -> Iterator[Callable[[], bool]]:
 def _ending_at_the_second(numbers: Sequence[int]) -> Iterator[None]:
     """Within, the second signal ends the process with 128 + its number, whatever Python waits for.
 
-    Both are answered by a line on the standard error.
+    The first is answered by a line on the standard error at once.
 
     Python calls a handler only between two operations of its own, so not while XLA compiles; but it
     writes the number of each signal to a file at once, which a thread reads here.
@@ -74,8 +76,8 @@ def _ending_at_the_second(numbers: Sequence[int]) -> Iterator[None]:
                         os._exit(128 + number)
                     first = False
                     _tell(
-                        'Asked to stop: this run finishes what it is at, and saves. A second '
-                        'signal ends it at once.'
+                        'Asked to stop: this run finishes what it is at, and saves the steps that '
+                        'it has done. A second signal ends it at once.'
                     )
 
     before = signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
@@ -92,5 +94,9 @@ def _ending_at_the_second(numbers: Sequence[int]) -> Iterator[None]:
 
 def _tell(line: str) -> None:
     """Writes a line below the bar of progress; Python's own stream may be in use, or be closed."""
+    if sys.__stderr__ is None:  # Closed from the start; the number may be another file's.
+        return
     with contextlib.suppress(OSError):
-        os.write(2, f'\n{line}\n'.encode())
+        # A terminal that is halted, or a pipe that nobody reads, must not keep the second signal.
+        if select.select([], [2], [], 0)[1]:
+            os.write(2, f'\n{line}\n'.encode())

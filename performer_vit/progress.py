@@ -212,4 +212,4 @@ def _errors_of_the_thread() -> Iterator[None]:
     except AsyncError as error:
         while isinstance(error, AsyncError):
             error = error.__cause__
-        raise error
+        raise error from (error.__cause__ or error.__context__)

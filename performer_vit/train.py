@@ -334,8 +334,8 @@ def _fit(
         cluster.check_agreement(
             'the data set that they read',
             datasets.fingerprints(dataset),
-            "Give all of them the same files; where dataset.fallback is 'none', none of them reads "
-            'another data set in place of one that it lacks.',
+            "Give all of them the same files; with dataset.fallback='none', one that lacks the "
+            'data set ends instead of reading another.',
         )
     training = cluster.everywhere(lambda: prepare(config, dataset))
     with contextlib.ExitStack() as stack:
@@ -345,7 +345,8 @@ def _fit(
             stack.enter_context(run_directory.alone(workdir))
             claimed = run_directory.claim(workdir, config.to_dict(), dataset.name)
             # Not only after an epoch, where the directory is another user's, say.
-            run_directory.check_writable(claimed / 'checkpoints')
+            if not (claimed / 'results.json').exists():
+                run_directory.check_writable(claimed / 'checkpoints')
             return str(claimed)
 
         claimed = pathlib.Path(cluster.from_main(claim))

@@ -197,9 +197,9 @@ class Trials:
         """Raises `BadInput` where a study without a definition is not that of a new sweep."""
         if any(self.workdir.glob('trial_[0-9]*')):
             raise BadInput(
-                f'sweep.storage is {told}, a database without the trials in {self.workdir}: '
-                'restore the one that has them, which all workers must reach, or give the sweep '
-                'another --workdir=DIR.'
+                f'sweep.storage is {told}, which has no trials of this sweep, though some are in '
+                f'{self.workdir}: give the database that has them, and the --workdir by the path '
+                'that the sweep began with; or give it another --workdir=DIR.'
             )
         if self.all():
             raise BadInput(
@@ -254,8 +254,9 @@ class Trials:
                     orphan.finish(
                         TrialState.FAIL, epochs=None, seconds=None,
                         message=f'{_MOST_DEATHS} processes in a row died while they worked on it, '
-                        'and no epoch (in a cross-validation: no fold) was finished in between: it '
-                        'may need more memory than there is, or somebody ended them',
+                        'and no later one came an epoch (in a cross-validation: a fold) further '
+                        'than the first: it may need more memory than there is, or somebody ended '
+                        'them',
                     )  # fmt: skip
                     orphan.close()
             if len(trials) >= num_trials:

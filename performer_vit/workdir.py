@@ -182,8 +182,8 @@ def check_writable(workdir: str | os.PathLike) -> None:
 
 def _not_writable(workdir: pathlib.Path, error: OSError) -> str:
     return (
-        f'the workdir {workdir} cannot be written ({error.strerror or error}): give another one '
-        'with --workdir=DIR, or change its permissions.'
+        f'the directory {workdir} cannot be written ({error.strerror or error}): give another '
+        '--workdir=DIR, or change its permissions.'
     )
 
 

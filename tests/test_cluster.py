@@ -248,7 +248,7 @@ runpy.run_path('run.py', run_name='__main__')
     why = "OSError: [Errno 28] No space left on device: 'events'"
     assert last.endswith(f'It was: {why}'), last
     assert theirs.startswith(f'error: process 0 has failed, and this one ends with it: {why}. The')
-    assert theirs.endswith('the same command goes on from what is saved.')
+    assert theirs.endswith('they go on from what is saved.')
     assert 'Epoch 1/' not in together.said(0)
 
 
@@ -320,6 +320,10 @@ try:
     cluster.check_agreement('all', {{'same': 0, 'b': 'x' * process, 'a': process}}, 'Mend it.')
 except BadInput as differ:
     print(differ)
+try:
+    cluster.check_agreement('all', {{'names': ['x'] * (99 + process)}}, 'Mend it.')
+except BadInput as differ:
+    print(differ)
 """
     both = [
         subprocess.Popen(
@@ -331,6 +335,8 @@ except BadInput as differ:
     assert [process.returncode for process in both] == [0, 0]
     no_json = 'TypeError: Object of type set is not JSON serializable'
     ours, theirs = ([line for line in lines if '[Gloo]' not in line] for lines in said)
+    item = "in names, number 100: None in process 0, 'x' in process 1. Mend it."
+    assert ours.pop() == theirs.pop() == f'the processes differ in all, {item}'
     # The first that differs, as the names are given.
     differ = "the processes differ in all, in b: '' in process 0, 'x' in process 1. Mend it."
     assert ours.pop() == theirs.pop() == differ
@@ -342,8 +348,8 @@ except BadInput as differ:
     del theirs[-2:]
     first = 'OtherFailed: process 0 has failed, and this one ends with it: '
     last = (
-        '. The output of that process says more; when it is mended, the same command goes on from '
-        'what is saved.'
+        '. The output of that process says more. Mend the cause and give the same commands again: '
+        'they go on from what is saved.'
     )
     assert cut.startswith(f'{first}ValueError: …')
     # What a user can mend is said whole, since its end says how.

@@ -321,7 +321,7 @@ def test_a_database_that_knows_nothing_of_the_trials(tmp_path, trainer):
     config = config_of(num_trials=1)
     sweep.sweep(config, tmp_path)
     (tmp_path / 'study.sqlite3').unlink()
-    with pytest.raises(BadInput, match=r'study\.sqlite3, a database without the trials in'):
+    with pytest.raises(BadInput, match=r'study\.sqlite3, which has no trials of this sweep'):
         sweep.sweep(config_of(num_trials=2), tmp_path)
     assert len(trainer.configs) == 1
     storage = f'sqlite:///{tmp_path}/theirs.sqlite3'

@@ -766,14 +766,16 @@ def test_another_config_on_a_workdir_is_refused(finished):
         train.train(other, directory)
 
 
-def test_checkpoints_that_cannot_be_written_are_told_before_any_work(finished, monkeypatch):
+def test_checkpoints_that_cannot_be_written_are_told_before_any_work(
+    tiny_config, tmp_path, monkeypatch
+):
     """Such as another user's in a workdir of one's own. Catches an epoch that is lost."""
-    config, directory, _ = finished
 
     def try_to_write(path):
-        if path == directory / 'checkpoints':
+        if path == tmp_path / 'checkpoints':
             raise PermissionError(errno.EACCES, 'Permission denied')
 
+    (tmp_path / 'checkpoints').mkdir()
     monkeypatch.setattr(files, 'try_to_write', try_to_write)
     with pytest.raises(BadInput, match=r'checkpoints cannot be written \(Permission denied\)'):
-        train.train(config, directory)
+        train.train(tiny_config, tmp_path)
