@@ -101,7 +101,7 @@ with interruption.deferred() as asked:
     )
     assert done.returncode == 128 + numbers[1]
     first, second = filter(None, done.stderr.splitlines())
-    assert first.startswith('Asked to stop: this run finishes what it is at, and saves.')
+    assert first.startswith('Asked to stop: this run finishes what it is at, and saves the steps')
     assert second.startswith('Ended at once. The same command goes on')
 
 
