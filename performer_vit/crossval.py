@@ -58,8 +58,9 @@ def cross_validate(config, workdir: str | os.PathLike | None = None, run_name: s
     train.steps_per_epoch(config, len(dataset.train))
     workdir = run_directory.claim(
         workdir or run_directory.default_workdir(name, dataset.name),
-        {**config.to_dict(), 'mode': 'crossval'},
-        dataset.name,
+        run_directory.definition(
+            {**config.to_dict(), 'mode': 'crossval'}, datasets.fingerprints(dataset)
+        ),
     )
     folds, started = [], time.perf_counter()
     for fold in range(num_folds):

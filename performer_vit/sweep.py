@@ -120,8 +120,9 @@ def sweep(config, workdir: str | os.PathLike | None = None, run_name: str = 'run
         propose([])  # Where nothing can be tried, before there is a directory.
     told = {**config.to_dict(), 'mode': 'sweep'}
     told['sweep'] |= {'storage': without_password(section.storage)}
-    directory = run_directory.claim(directory, told, dataset.name)
-    definition = run_directory.read_json(directory / 'config.json')
+    # Not what is read there: another sweep may begin in the same directory in the same moment.
+    definition = run_directory.definition(told, datasets.fingerprints(dataset))
+    directory = run_directory.claim(directory, definition)
     try:
         trials = Trials(directory, section.storage, section.pruner, definition)
     except BadInput:
@@ -259,7 +260,7 @@ def _run(trial: Trial, config, dataset: datasets.Dataset, num_folds: int) -> Non
     state, value, message = TrialState.COMPLETE, None, None
     try:
         if num_folds:
-            value = _cross_validate(trial, config, dataset.name, num_folds, history)
+            value = _cross_validate(trial, config, dataset, num_folds, history)
         else:
             results = train.validate(config, dataset, trial.directory, on_epoch)
             value, history = results['validation_accuracy'], results['history']
@@ -283,10 +284,13 @@ def _run(trial: Trial, config, dataset: datasets.Dataset, num_folds: int) -> Non
 
 
 def _cross_validate(
-    trial: Trial, config, dataset_name: str, num_folds: int, history: list[dict]
+    trial: Trial, config, dataset: datasets.Dataset, num_folds: int, history: list[dict]
 ) -> float:
     """The mean over the folds; `history` gets the epochs of all of them."""
-    run_directory.claim(trial.directory, config.to_dict(), dataset_name)
+    run_directory.claim(
+        trial.directory,
+        run_directory.definition(config.to_dict(), datasets.fingerprints(dataset)),
+    )
     values = []
     for fold in range(num_folds):
         results = crossval.run_fold(config, fold, trial.directory / f'fold_{fold}')

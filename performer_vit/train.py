@@ -330,10 +330,11 @@ def _fit(
         run_directory.flatten(config.to_dict()),
         'Start all of them with the same flags and the same files of configs/.',
     )
+    data = datasets.fingerprints(dataset)
     if jax.process_count() > 1:
         cluster.check_agreement(
             'the data set that they read',
-            datasets.fingerprints(dataset),
+            data,
             "Give all of them the same files; with dataset.fallback='none', one that lacks the "
             'data set ends instead of reading another.',
         )
@@ -343,7 +344,9 @@ def _fit(
 
         def claim() -> str:
             stack.enter_context(run_directory.alone(workdir))
-            claimed = run_directory.claim(workdir, config.to_dict(), dataset.name)
+            claimed = run_directory.claim(
+                workdir, run_directory.definition(config.to_dict(), data)
+            )
             # Not only after an epoch, where the directory is another user's, say.
             if not (claimed / 'results.json').exists():
                 run_directory.check_writable(claimed / 'checkpoints')

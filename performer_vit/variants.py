@@ -187,12 +187,12 @@ def _run(
             raise BadInput(f'{mode}: variant {name!r}: {error}') from error
     name = f'{run_name}-{mode}'
     run_directory.check_writable(workdir or run_directory.default_workdir(name, ''))
-    dataset = _check_data(mode, variants)
+    data = _check_data(mode, variants)
+    dataset_name = next(iter(data.values()))['name']
     workdir = run_directory.claim(
-        workdir or run_directory.default_workdir(name, dataset.name),
+        workdir or run_directory.default_workdir(name, dataset_name),
         # Variants and seeds may be added later; each run guards its own directory.
-        {'mode': mode},
-        dataset.name,
+        run_directory.definition({'mode': mode}, {'name': dataset_name}),
     )
     runs = {}
     for seed in section.seeds:
@@ -201,26 +201,31 @@ def _run(
             config.seed = seed
             directory = workdir / run_directory.directory_name(variant) / f'seed_{seed}'
             # All of them before the first is trained.
-            run_directory.check_same(directory, config.to_dict(), dataset.name)
+            run_directory.check_same(
+                directory, run_directory.definition(config.to_dict(), data[variant])
+            )
             runs[variant, seed] = config, directory
     rows, diverged, started = [], [], time.perf_counter()
     for done, ((variant, seed), (config, directory)) in enumerate(runs.items()):
         left = progress.remaining(started, done, len(runs))
-        progress.say(dataset.name, f'Run {done + 1} of {len(runs)}: {variant}, seed {seed}{left}')
+        progress.say(dataset_name, f'Run {done + 1} of {len(runs)}: {variant}, seed {seed}{left}')
         try:
             rows.append({**train_one(config, directory), 'variant': variant})
         except FloatingPointError as error:
             diverged.append({'variant': variant, 'seed': seed, 'error': str(error)})
-            progress.say(dataset.name, f'{variant}, seed {seed}, diverged: {error}')
+            progress.say(dataset_name, f'{variant}, seed {seed}, diverged: {error}')
         jax.clear_caches()
     results = _report(mode, section, rows, diverged, workdir)
-    progress.say(dataset.name, (workdir / 'table.md').read_text(encoding='utf-8'))
-    progress.say(dataset.name, f'Everything is in {workdir}')
+    progress.say(dataset_name, (workdir / 'table.md').read_text(encoding='utf-8'))
+    progress.say(dataset_name, f'Everything is in {workdir}')
     return results
 
 
-def _check_data(mode: str, variants: Mapping[str, object]) -> datasets.Dataset:
-    """The first variant's data; `BadInput` where a variant does not fit to its own."""
+def _check_data(mode: str, variants: Mapping[str, object]) -> dict[str, dict[str, object]]:
+    """The fingerprints of each variant's data; `BadInput` where a variant does not fit to its own."""
+
+    def load(config) -> datasets.Dataset:
+        return datasets.load(**config.dataset) if mode == 'compare' else crossval.load_fold(config)
 
     def check(config, dataset: datasets.Dataset) -> None:
         if mode == 'compare':
@@ -228,18 +233,18 @@ def _check_data(mode: str, variants: Mapping[str, object]) -> datasets.Dataset:
         else:
             train.steps_per_epoch(config, len(dataset.train))
 
-    first, loaded = None, {}
+    prints, last = {}, None
     for name, config in variants.items():
         which = config.dataset.to_json()
-        if which not in loaded:
-            loaded.clear()  # One at a time in memory.
-            loaded[which] = datasets.load(**config.dataset)
-        first = first or loaded[which]
+        if which != last:
+            dataset, last = load(config), which  # One at a time in memory.
+            data = datasets.fingerprints(dataset)
         try:
-            check(config, loaded[which])
+            check(config, dataset)
         except BadInput as error:
             raise BadInput(f'{mode}: variant {name!r}: {error}') from error
-    return first
+        prints[name] = data
+    return prints
 
 
 def _score(config, workdir: pathlib.Path) -> dict:

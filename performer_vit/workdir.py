@@ -25,7 +25,7 @@ HISTORY_COLUMNS = (
 )  # fmt: skip
 # File systems take 255 bytes, and a mode puts its own name behind it.
 _LONGEST_NAME = 200
-# Where data comes from; what was read stands in `dataset_read`, and that must agree.
+# Where data comes from; what was read stands in `dataset_read` and `data_read`, which must agree.
 _WHEREABOUTS = ('dataset.data_dir', 'dataset.fallback')
 # What may change when a run goes on; a sweep may go further than it was to go at first.
 _FREE = (*_WHEREABOUTS, 'sweep.num_trials', 'sweep.minutes')
@@ -231,39 +231,51 @@ def alone(workdir: str | os.PathLike) -> Iterator[None]:
         yield
 
 
-def claim(workdir: str | os.PathLike, config: Mapping, dataset_read: str) -> pathlib.Path:
+def claim(workdir: str | os.PathLike, run: Mapping) -> pathlib.Path:
     """Makes the directory, or checks that the run in it is this very one, and returns its path.
 
+    Args:
+      workdir: the directory.
+      run: what makes a run another one, see `definition`.
+
     Raises:
-      BadInput: the directory cannot be written, or holds a run with another config; the message
-        lists every field that differs.
+      BadInput: the directory cannot be written, or holds a run with another config or of other
+        data; the message lists every field that differs.
     """
     workdir = _made(workdir)
-    check_same(workdir, config, dataset_read)
+    check_same(workdir, run)
     path = workdir / 'config.json'
     if not path.exists():
-        write_json(path, _definition(config, dataset_read))
+        write_json(path, run)
     return workdir
 
 
-def check_same(workdir: str | os.PathLike, config: Mapping, dataset_read: str) -> None:
+def check_same(workdir: str | os.PathLike, run: Mapping) -> None:
     """Raises `BadInput` as `claim` does where another run is in the directory; makes nothing."""
     path = pathlib.Path(workdir) / 'config.json'
     if not path.exists():
         return
-    lines = differences(read_json(path), _definition(config, dataset_read))
+    lines = differences(read_json(path), run)
     if lines:
         raise BadInput(
-            f'the workdir {workdir} holds a run with another config:\n'
+            f'the workdir {workdir} holds a run with another config or of other data:\n'
             + '\n'.join(lines)
-            + '\nGive this run another --workdir=DIR, or repeat the config of the run there to '
-            'continue it.'
+            + '\nGive this run another --workdir=DIR, or repeat the config of the run there, with '
+            'its data, to continue it.'
         )
 
 
-def _definition(config: Mapping, dataset_read: str) -> dict:
-    """What config.json holds, as JSON has it."""
-    return json.loads(json.dumps({**config, 'dataset_read': dataset_read}))
+def definition(config: Mapping, data: Mapping[str, object]) -> dict:
+    """What config.json holds, as JSON has it: the config, and what data it has read.
+
+    Args:
+      config: of the run.
+      data: from `datasets.fingerprints`, or its `name` alone where each of several runs has data of
+        its own.
+    """
+    read = dict(data)
+    told = {**config, 'dataset_read': read.pop('name')}
+    return json.loads(json.dumps({**told, 'data_read': read} if read else told))
 
 
 def read_config(workdir: str | os.PathLike) -> ConfigDict:
@@ -275,6 +287,7 @@ def read_config(workdir: str | os.PathLike) -> ConfigDict:
     values = read_json(pathlib.Path(workdir) / 'config.json')
     try:
         name, data_dir = values.pop('dataset_read'), values['dataset']['data_dir']
+        values.pop('data_read', None)  # A user may evaluate on other images than were trained on.
         grids = values['model']['stem_channels']
         values['dataset'] |= {'name': name, 'fallback': 'none'}
         # Where TFDS has the data may have changed; a folder that is gone is to be named.

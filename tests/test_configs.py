@@ -64,7 +64,8 @@ def test_a_config_comes_back_from_its_run(tmp_path):
     """The same fields, types included, on the data that were read; config.json is enough."""
     config = load_config('performer_exp', 'study')
     config.dataset.data_dir = '/nowhere/any/more'
-    workdir.claim(tmp_path, config.to_dict(), 'digits')
+    data = {'name': 'digits', 'training images': '9, of digest a'}
+    workdir.claim(tmp_path, workdir.definition(config.to_dict(), data))
     again = load_config('rerun', str(tmp_path))
     config.dataset.update(name='digits', fallback='none', data_dir='')
     assert again == config

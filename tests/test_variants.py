@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from performer_vit import comparison, train, variants, workdir
+from performer_vit import comparison, datasets, train, variants, workdir
 from performer_vit.errors import BadInput
 from tests.conftest import load_config
 
@@ -199,7 +199,8 @@ def test_another_run_in_the_place_of_a_later_one(tiny_config, tmp_path, trained)
     theirs.update(num_epochs=9, seed=1)
     theirs.dataset.fallback = 'none'
     directory = tmp_path / 'relu' / 'seed_1'
-    workdir.claim(directory, theirs.to_dict(), 'digits')
+    data = datasets.fingerprints(datasets.load(**theirs.dataset))
+    workdir.claim(directory, workdir.definition(theirs.to_dict(), data))
     with pytest.raises(BadInput, match=rf'{directory} holds a run .*\n  .*num_epochs: 9 there, 2'):
         variants.compare(compare_config(tiny_config), tmp_path)
     assert not trained

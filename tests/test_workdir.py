@@ -35,26 +35,41 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
     assert workdir.read_json(path) == {'a': 1}
 
 
+def run(config, dataset_name='digits'):
+    return workdir.definition(config, {'name': dataset_name})
+
+
 def test_claiming_twice_is_going_on(tmp_path):
-    workdir.claim(tmp_path / 'run', CONFIG, 'digits')
-    workdir.claim(tmp_path / 'run', CONFIG, 'digits')
+    workdir.claim(tmp_path / 'run', run(CONFIG))
+    workdir.claim(tmp_path / 'run', run(CONFIG))
 
 
 def test_another_place_of_the_data_is_no_other_run(tmp_path):
-    workdir.claim(tmp_path, CONFIG, 'cifar10')
-    workdir.claim(tmp_path, {**CONFIG, 'dataset': {'data_dir': '/data'}}, 'cifar10')
+    data = {'name': 'folder', 'class names': ['cat'], 'training images': '9, of digest a'}
+    workdir.claim(tmp_path, workdir.definition(CONFIG, data))
+    elsewhere = {**CONFIG, 'dataset': {'data_dir': '/data'}}
+    workdir.claim(tmp_path, workdir.definition(elsewhere, data))
+
+
+def test_other_images_in_a_place_of_the_same_name_are_another_run(tmp_path):
+    """Catches results of one folder of images that are shown as those of another folder."""
+    data = {'name': 'folder', 'class names': ['cat'], 'training images': '9, of digest a'}
+    workdir.claim(tmp_path, workdir.definition(CONFIG, data))
+    other = {**data, 'training images': '9, of digest b'}
+    with pytest.raises(BadInput, match=r'data_read.training images: .*digest a.*digest b'):
+        workdir.claim(tmp_path, workdir.definition(CONFIG, other))
 
 
 def test_another_config_is_refused_with_the_difference(tmp_path):
     """Catches a run that goes on from the checkpoints of another one."""
-    workdir.claim(tmp_path, CONFIG, 'digits')
+    workdir.claim(tmp_path, run(CONFIG))
     other = {**CONFIG, 'model': {'width': 32, 'stem_channels': ((32,), (64,))}}
     with pytest.raises(BadInput, match=r'model.width: 16 there, 32 here(?s:.*)--workdir'):
-        workdir.claim(tmp_path, other, 'digits')
+        workdir.claim(tmp_path, run(other))
     with pytest.raises(BadInput, match=r"dataset_read: 'digits' there, 'cifar10' here"):
-        workdir.claim(tmp_path, CONFIG, 'cifar10')
+        workdir.claim(tmp_path, run(CONFIG, 'cifar10'))
     with pytest.raises(BadInput, match=r'model.depth: absent there, 2 here'):
-        workdir.claim(tmp_path, {**CONFIG, 'model': {**CONFIG['model'], 'depth': 2}}, 'digits')
+        workdir.claim(tmp_path, run({**CONFIG, 'model': {**CONFIG['model'], 'depth': 2}}))
     # Equal numbers are no difference; a field that is None is not one that is missing.
     assert not workdir.differences({'rate': 1}, {'rate': 1.0})
     assert workdir.differences({}, {'rate': None}) == ['  rate: absent there, None here']
@@ -63,9 +78,9 @@ def test_another_config_is_refused_with_the_difference(tmp_path):
 def test_a_workdir_that_cannot_be_written(tmp_path):
     (tmp_path / 'file').write_text('in the way')
     with pytest.raises(BadInput, match=r'cannot be written .*--workdir=DIR'):
-        workdir.claim(tmp_path / 'file' / 'run', CONFIG, 'digits')
+        workdir.claim(tmp_path / 'file' / 'run', run(CONFIG))
     with pytest.raises(BadInput, match=r'cannot be written'):
-        workdir.claim('/proc/performer_vit', CONFIG, 'digits')
+        workdir.claim('/proc/performer_vit', run(CONFIG))
     with pytest.raises(BadInput, match=r'cannot be written .File name too long'):
         workdir.check_writable(tmp_path / ('x' * 300))
 
