@@ -131,6 +131,18 @@ def _check_flags(argv: list[str], mode: str, config_flag) -> None:
         return
     if not config_flag.present:
         fail('--config is missing; an example is --config=configs/performer_relu.py')
+    overrides = config_flags.get_override_values(config_flag)
+    if mode in ('compare', 'ablate') and 'seed' in overrides:
+        fail(
+            f'--config.seed does nothing in --mode={mode}, whose runs have the seeds of '
+            f"--config.{mode}.seeds: give these instead, such as --config.{mode}.seeds='(5,)'."
+        )
+    if mode != 'train' and overrides.get('dataset.fallback', 'none') != 'none':
+        fail(
+            f'--mode={mode} never goes on with other data than were named: leave '
+            '--config.dataset.fallback out, or name the digits after the colon, as in '
+            '--config=FILE:digits.'
+        )
     sections = [section for section in _SECTIONS if section in _CONFIG.value]
     if mode in _SECTIONS and mode not in sections:
         fail(

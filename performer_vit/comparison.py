@@ -16,32 +16,44 @@ CONFIDENCE = 0.95
 _ROUNDING = 1e-9  # Of a difference: what is smaller beside it is none.
 NOTHING = '–'  # In a table, what was not measured or has no spread.
 
-# What runs of one comparison may differ in: the kernel with the fields that only its own features
-# have, the seed, and where files lie.
-_FREE = ('model.attention.', 'seed', 'dataset.data_dir', 'dataset.fallback', 'checkpoint.')
-
+# What runs of one kernel may differ in; those of two kernels also in the fields of the attention,
+# which only their own features have.
+_FREE = ('seed', 'dataset.data_dir', 'dataset.fallback', 'checkpoint.')
+_ATTENTION = 'model.attention.'
 
 _TIMES = ('train_seconds_per_epoch', 'images_per_second', 'inference_seconds')
 
 
 def check_one_factor(rows: Sequence[Mapping]) -> None:
-    """Raises `BadInput` where two runs differ in more than the attention and the seed."""
-    first = workdir.flatten(rows[0]['config'])
-    for row in rows[1:]:
-        other = workdir.flatten(row['config'])
-        different = [
-            f'{field} ({first.get(field)!r} and {other.get(field)!r})'
-            for field in sorted({*first, *other})
-            if first.get(field) != other.get(field) and not field.startswith(_FREE)
-        ]
-        if row['dataset'] != rows[0]['dataset']:
-            different.append(f'the data ({rows[0]["dataset"]} and {row["dataset"]})')
+    """Raises `BadInput` where runs differ in more than kernel and seed.
+
+    Kernels may differ in all of the attention; two runs of one kernel are two seeds of one model.
+    """
+    firsts: dict[str, Mapping] = {}
+    for row in rows:
+        first = firsts.setdefault(row['kernel'], row)
+        different = _different(first, row, _FREE)
+        different |= _different(rows[0], row, (*_FREE, _ATTENTION))
         if different:
             raise BadInput(
                 f'a run with kernel {row["kernel"]!r} and seed {row["seed"]} is no part of this '
-                f'comparison, whose runs differ in the attention and the seed alone; here also '
-                f'{", ".join(different)} differ. Put it into a directory of its own.'
+                'comparison, whose runs differ in the kernel and the seed alone; here also '
+                f'{", ".join(f"{name} ({values})" for name, values in different.items())} differ. '
+                'Put it into a directory of its own.'
             )
+
+
+def _different(first: Mapping, row: Mapping, free: tuple[str, ...]) -> dict[str, str]:
+    """What two runs differ in, by field, but for the fields that begin so."""
+    ours, theirs = (workdir.flatten(run['config']) for run in (first, row))
+    different = {
+        field: f'{ours.get(field)!r} and {theirs.get(field)!r}'
+        for field in sorted({*ours, *theirs})
+        if ours.get(field) != theirs.get(field) and not field.startswith(free)
+    }
+    if first['dataset'] != row['dataset']:
+        different['the data'] = f'{first["dataset"]} and {row["dataset"]}'
+    return different
 
 
 def by_seed(rows: Sequence[Mapping], field: str = 'kernel') -> dict[str, dict[int, Mapping]]:
@@ -85,17 +97,15 @@ def paired(values: Mapping[int, float], baseline: Mapping[int, float]) -> dict |
       `mean` of the n differences, `low` and `high`: mean ± t · s/√n, the interval that holds the
       expected difference with `CONFIDENCE` where differences are normal, `p`: the two-sided
       probability of a mean as far from 0 where the expectation is 0, and `n`. None where there is
-      no spread to judge by: of fewer than two seeds, or of differences that are all the same and
-      not 0, as those of few test images may be by chance.
+      no spread to judge by: of fewer than two seeds, or of differences that are all the same, as
+      those of few test images may be by chance.
     """
     seeds = sorted(set(values) & set(baseline))
     differences = [values[seed] - baseline[seed] for seed in seeds]
     if len(seeds) < 2:
         return None
     mean, deviation = mean_and_deviation(differences)
-    if not any(differences):
-        return {'mean': 0.0, 'low': 0.0, 'high': 0.0, 'p': 1.0, 'n': len(seeds)}
-    if deviation < _ROUNDING * abs(mean):
+    if deviation <= _ROUNDING * abs(mean):
         return None
     error = deviation / len(seeds) ** 0.5
     student = stats.t(len(seeds) - 1)

@@ -99,10 +99,15 @@ def sweep_table(path: pathlib.Path) -> str:
     return f'{typeset.markdown(*sweep_report.table(results))}\n\n{_origin(ended)}'
 
 
-def comparison_table(path: pathlib.Path) -> str:
-    """Mean ± standard deviation of each kernel's accuracy, its difference from the ViT, times."""
+def _compared(path: pathlib.Path) -> list[dict]:
     rows = read(path)
     comparison.check_one_factor(rows)
+    return rows
+
+
+def comparison_table(path: pathlib.Path) -> str:
+    """Mean ± standard deviation of each kernel's accuracy, its difference from the ViT, times."""
+    rows = _compared(path)
     models = comparison.by_seed(rows)
     summary = comparison.summary(models, _BASELINE, 'test_accuracy')
     table = comparison.table(summary, figures.MODEL_NAMES, _BASELINE, 'test_accuracy')
@@ -117,7 +122,7 @@ def study_table(path: pathlib.Path) -> str:
         'model', "the study's test accuracy", 'its recipe', 'its s/epoch, A100', 'ours',
         'our s/epoch', 'difference from the ViT: the study', 'ours',
     )  # fmt: skip
-    summary = comparison.summary(comparison.by_seed(read(path)), _BASELINE, 'test_accuracy')
+    summary = comparison.summary(comparison.by_seed(_compared(path)), _BASELINE, 'test_accuracy')
     ours = {row['model']: row for row in summary}
     lines = []
     for kernel in (kernel for kernel in STUDY if kernel in ours):

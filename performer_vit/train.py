@@ -42,6 +42,8 @@ _SIZES = (
     'model.attention.hidden, or take a larger model.patch_size'
 )
 TEST_STATES = ('best', 'last')
+# Fields that are about the test and do nothing in `validate`.
+OF_THE_TEST = ('test_state', 'flip_averaging')
 
 
 def check(config) -> None:
@@ -295,7 +297,7 @@ def validate(
     The best epoch would be a choice made on the images that judge it, and so would early stopping.
 
     Args:
-      config: of the run; its `test_state` and `flip_averaging` are about the test and do nothing.
+      config: of the run; its fields `OF_THE_TEST` do nothing.
       dataset: with a validation split; its test split is not read and may be None.
       workdir: the directory of the run.
       on_epoch: gets each row of the history after its epoch, and where a run goes on, first those

@@ -15,10 +15,12 @@ def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def latex(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A LaTeX `tabular` with the rules of the package booktabs, aligned as `markdown` is."""
-    return tabulate.tabulate(
+    text = tabulate.tabulate(
         rows, head, 'latex_booktabs', disable_numparse=True,
         colalign=('left', *['right'] * (len(head) - 1)),
     )  # fmt: skip
+    # LaTeX knows – and ± in text, but Greek letters in formulas alone.
+    return text.replace('θ', r'$\theta$')
 
 
 def comma_separated(rows: Sequence[Mapping]) -> str:

@@ -31,6 +31,9 @@ _SCORED = {
         'dataset.num_folds', 'dataset.fold',
     ),
 }  # fmt: skip
+# What variants are compared by, and fields that change nothing of it.
+_QUANTITIES = {'compare': 'test_accuracy', 'ablate': 'validation_accuracy'}
+_IDLE = {'compare': ('flip_averaging',), 'ablate': train.OF_THE_TEST}
 
 
 def compare(config, workdir: str | os.PathLike | None = None, run_name: str = 'run') -> dict:
@@ -131,6 +134,11 @@ def _change(config, section: str, fields: Mapping[str, object]):
             raise BadInput(
                 f'{section}: a variant changes {field!r}, but all variants must be scored on the '
                 'same images: change other fields, and set this one in the config.'
+            )
+        if field in _IDLE[section]:
+            raise BadInput(
+                f'{section}: a variant changes {field!r}, which changes nothing of the '
+                f'{_QUANTITIES[section]} that variants are compared by: take it away.'
             )
         if field not in known:
             raise BadInput(
@@ -261,7 +269,7 @@ def _report(
     """Table, figures and `results.json` of the runs that did not diverge."""
     if not rows:
         raise FloatingPointError(f'every run diverged; the first: {diverged[0]["error"]}')
-    quantity = {'compare': 'test_accuracy', 'ablate': 'validation_accuracy'}[mode]
+    quantity = _QUANTITIES[mode]
     baseline = section.baseline if mode == 'compare' else 'base'
     models = comparison.by_seed(rows, 'variant')
     summary = comparison.summary(models, baseline, quantity)

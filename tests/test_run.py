@@ -88,6 +88,14 @@ MISTAKES = [
     (('--config=configs/vit.py', '--mode=fly'), '<train|evaluate|inspect|crossval|compare|'),
     (('--config=configs/vit.py', '--mode=compare'), 'needs a config with a section `compare`'),
     (('--config=configs/comparisons/kernels.py',), 'is for --mode=compare alone'),
+    (
+        ('--mode=compare', '--config=configs/comparisons/kernels.py', '--config.seed=5'),
+        '--config.seed does nothing in --mode=compare',
+    ),
+    (
+        ('--mode=crossval', '--config=configs/vit.py', '--config.dataset.fallback=digits'),
+        '--mode=crossval never goes on with other data',
+    ),
     (('--mode=inspect',), 'needs the --workdir=DIR'),
     (('--config=configs/vit.py', 'train'), "unknown arguments ['train']"),
     (('--mode=evaluate',), 'needs the --workdir=DIR'),

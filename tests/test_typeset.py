@@ -5,12 +5,12 @@ import io
 
 from performer_vit import typeset
 
-HEAD, LINES = ('model', 'accuracy (%)'), [['A & B_1', '98.5 ± 0.1 %'], ['C', '7']]
+HEAD, LINES = ('model', 'accuracy (%)'), [['A & B_1', '98.5 ± 0.1 %'], ['fθ', '–']]
 
 
 def test_markdown_aligns_numbers_to_the_right():
     assert typeset.markdown(HEAD, LINES) == (
-        '| model | accuracy (%) |\n| --- | ---: |\n| A & B_1 | 98.5 ± 0.1 % |\n| C | 7 |'
+        '| model | accuracy (%) |\n| --- | ---: |\n| A & B_1 | 98.5 ± 0.1 % |\n| fθ | – |'
     )
 
 
@@ -21,6 +21,8 @@ def test_latex_escapes_what_latex_would_take_for_its_own():
     rows = [line for line in text.splitlines() if '&' in line]
     assert len(rows) == 3 and all(line.rstrip().endswith('\\\\') for line in rows)
     assert 'A \\& B\\_1' in rows[1] and '98.5 ± 0.1 \\%' in rows[1]
+    # pdfLaTeX knows these two characters beyond ASCII, and ends with an error at a θ in text.
+    assert 'f$\\theta$' in rows[2] and {c for c in text if not c.isascii()} == {'±', '–'}
 
 
 def test_csv_reads_back():

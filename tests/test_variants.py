@@ -165,7 +165,16 @@ def test_a_run_that_diverges_is_named_and_counts_nowhere(tiny_config, tmp_path, 
             {'variants': (('exact', {}), ('b', {'max_skipped_steps': 50}))},
             "variant 'b': max_skipped_steps is 50 and an epoch has 8 steps",
         ),
-        ('compare', {'variants': (('exact', {}), ('b', {'flip_averaging': True}))}, "'b': flip_av"),
+        (
+            'compare',
+            {'variants': (('exact', {}), ('b', {'flip_averaging': True}))},
+            "changes 'flip_averaging', which changes nothing of the test_accuracy",
+        ),
+        (
+            'ablate',
+            {'changes': ({'test_state': 'last'},)},
+            "changes 'test_state', which changes nothing of the validation_accuracy",
+        ),
         (
             'ablate',
             {'changes': ({'dataset.split_seed': 1},)},
