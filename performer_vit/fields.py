@@ -128,6 +128,8 @@ FIELDS = {
     'log_every_steps': _integer(1),
     'profile': _BOOLEAN,
 }
+# Fields that do nothing where a run is scored on validation images and not tested.
+OF_THE_TEST = ('test_state', 'flip_averaging')
 
 
 def check(values: Mapping[str, object]) -> None:

@@ -23,7 +23,8 @@ def deferred() -> Iterator[Callable[[], bool]]:
     """Within, the first SIGINT or SIGTERM is only remembered; the next ends the process at once.
 
     Yields a function that says whether there was one. Whoever acts on it raises `Interrupted`;
-    where nobody did, the end of the block does. A signal that was ignored before is ignored still.
+    where nobody did, the end of the block does. An error passes: see `end_series` for whoever goes
+    on after one. A signal that was ignored before is ignored still.
     Python gives signals to the main thread alone, so in another one nothing is deferred.
     """
     if threading.current_thread() is not threading.main_thread():
@@ -44,11 +45,23 @@ def deferred() -> Iterator[Callable[[], bool]]:
     try:
         with _ending_at_the_second(ours):
             yield lambda: bool(received)
+    except Exception as error:
+        error.asked_to_stop = bool(received)
+        raise
     finally:
         for number in ours:
             signal.signal(number, before[number])
     if received:
         raise Interrupted('Asked to stop, this run was done first.')
+
+
+def end_series(error: Exception) -> None:
+    """Raises `Interrupted` where the run that this error ended had also been asked to stop.
+
+    For whoever catches the error of one run to begin the next, which would not hear of the signal.
+    """
+    if getattr(error, 'asked_to_stop', False):
+        raise Interrupted('Asked to stop, this run had ended, and no other one begins.') from error
 
 
 @contextlib.contextmanager

@@ -4,7 +4,8 @@ import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 
-from performer_vit.errors import BadInput, choose
+from performer_vit.errors import BadInput, choose, shown
+from performer_vit.fields import FIELDS, OF_THE_TEST
 
 DISTRIBUTIONS = ('uniform', 'log_uniform', 'integer', 'choice')
 RELATIONS = ('divisible by', 'at most', 'at least')
@@ -149,10 +150,15 @@ def _parameter(row: Sequence, fields: Mapping[str, object], grid: bool) -> Param
             f'sweep.space has {field!r}, but all trials must be scored on the same images: '
             'search other fields, and set this one in the config.'
         )
+    if field in OF_THE_TEST:
+        raise BadInput(
+            f'sweep.space has {field!r}, which changes nothing of the validation accuracy that '
+            'scores a trial: search other fields, and set this one in the config.'
+        )
     what = f'sweep.space, {field!r}'
     choose(f'{what}: the distribution', distribution, DISTRIBUTIONS)
     if distribution == 'choice':
-        return _choice(what, row, fields[field])
+        return _choice(what, row, field, fields[field])
     points = rest.pop() if len(rest) == 3 and distribution != 'integer' else None
     if len(rest) != 2:
         raise BadInput(
@@ -166,7 +172,7 @@ def _parameter(row: Sequence, fields: Mapping[str, object], grid: bool) -> Param
             f'{what}: {distribution!r} is for fields of type {kind.__name__}, and this one is '
             f'{fields[field]!r}: choose another distribution of {DISTRIBUTIONS}.'
         )
-    low, high = (_checked(what, value, fields[field]) for value in rest)
+    low, high = (_checked(what, value, field, fields[field]) for value in rest)
     if low >= high:
         raise BadInput(f'{what}: low is {low} and high is {high}; low must be below high.')
     if distribution == 'integer':
@@ -187,15 +193,15 @@ def _parameter(row: Sequence, fields: Mapping[str, object], grid: bool) -> Param
     return Parameter(field, distribution, low, high, values)
 
 
-def _choice(what: str, row: Sequence, example: object) -> Parameter:
+def _choice(what: str, row: Sequence, field: str, example: object) -> Parameter:
     values = row[2]
     if len(row) != 3 or not isinstance(values, tuple | list) or not values:
         raise BadInput(f"{what}: {row!r} should be (field, 'choice', values), with one or more.")
-    values = tuple(_checked(what, value, example) for value in values)
+    values = tuple(_checked(what, value, field, example) for value in values)
     for value in values:
         if values.count(value) > 1:
             raise BadInput(f'{what}: {value!r} is there more than once: keep one.')
-    return Parameter(row[0], 'choice', None, None, values)
+    return Parameter(field, 'choice', None, None, values)
 
 
 def _points(what: str, distribution: str, low: float, high: float, points: object) -> tuple:
@@ -212,8 +218,11 @@ def _points(what: str, distribution: str, low: float, high: float, points: objec
     return (low, *inner, high)
 
 
-def _checked(what: str, value: object, example: object) -> object:
-    """The value, which must be of the type of the example: floats may be written as integers."""
+def _checked(what: str, value: object, field: str, example: object) -> object:
+    """The value, which must be one that the field may hold, and of the type of the example.
+
+    Floats may be written as integers, and tuples as lists.
+    """
     if type(example) is float and type(value) is int:
         value = float(value)
     if type(example) is tuple and type(value) is list:
@@ -225,6 +234,9 @@ def _checked(what: str, value: object, example: object) -> object:
         )
     if isinstance(value, float) and not math.isfinite(value):
         raise BadInput(f'{what}: {value} is not finite; give a number.')
+    kind = FIELDS.get(field)
+    if kind is not None and not kind.holds(value):
+        raise BadInput(f'{what}: {shown(value)}; allowed is {kind.allowed}. Give no other value.')
     return value
 
 
@@ -252,5 +264,5 @@ def _condition(row: Sequence, fields: Mapping[str, object]) -> Condition:
 
 
 def _check_field(what: str, field: object, fields: Mapping[str, object]) -> None:
-    if field not in fields:
+    if not isinstance(field, str) or field not in fields:
         raise BadInput(f'{what}, which is no field of the config; configs/base.py lists them.')

@@ -16,6 +16,7 @@ from optuna.trial import FrozenTrial, TrialState
 from performer_vit import (
     crossval,
     datasets,
+    interruption,
     memory,
     progress,
     proposals,
@@ -32,6 +33,9 @@ _FIELDS = (
     'space', 'conditions', 'sampler', 'pruner', 'num_trials', 'minutes', 'num_folds', 'seed',
     'storage',
 )  # fmt: skip
+
+# Reasons for which combinations are not tried: more of them are not shown.
+_MOST_TOLD = 10
 
 
 def sweep(config, workdir: str | os.PathLike | None = None, run_name: str = 'run') -> dict:
@@ -76,6 +80,9 @@ def sweep(config, workdir: str | os.PathLike | None = None, run_name: str = 'run
         section.space, section.conditions, fields, grid=section.sampler == 'grid'
     )
     proposals.check(space, section.sampler)
+    if section.num_folds:
+        # Trials do not ask this of the config, but the best of them is to be trained and tested.
+        train.check_needs(base)
     name = f'{run_name}-sweep'
     run_directory.check_writable(workdir or run_directory.default_workdir(name, ''))
     try:
@@ -89,6 +96,8 @@ def sweep(config, workdir: str | os.PathLike | None = None, run_name: str = 'run
             'the data set has no validation split to score trials on: set '
             'dataset.validation_fraction above 0, or sweep.num_folds to 2 or more.'
         )
+    train.check_flips(base, dataset)  # As above.
+    told_of = set()
 
     def refusal(combination: Mapping) -> str | None:
         values = space.values(combination)
@@ -100,7 +109,13 @@ def sweep(config, workdir: str | os.PathLike | None = None, run_name: str = 'run
             train.check_scored(trial_config)
             train.steps_per_epoch(trial_config, len(dataset.train))
         except BadInput as error:
-            return str(error).rstrip('.')
+            reason = str(error).rstrip('.')
+            # No condition of the user's: it may be a slip, and part of the space is never tried.
+            if reason not in told_of and len(told_of) < _MOST_TOLD:
+                told_of.add(reason)
+                tried = sweep_report.combination(values)
+                progress.say(dataset.name, f'Not tried, nor others like it: {tried}: {reason}.')
+            return reason
         return None
 
     def propose(trials: Sequence[FrozenTrial]) -> dict:
@@ -257,23 +272,24 @@ def _run(trial: Trial, config, dataset: datasets.Dataset, num_folds: int) -> Non
         if trial.is_pruned(row['epoch'], row['validation_accuracy'], last=last):
             raise optuna.TrialPruned
 
-    state, value, message = TrialState.COMPLETE, None, None
+    state, value, message, ended_by = TrialState.COMPLETE, None, None, None
     try:
         if num_folds:
             value = _cross_validate(trial, config, dataset, num_folds, history)
         else:
             results = train.validate(config, dataset, trial.directory, on_epoch)
             value, history = results['validation_accuracy'], results['history']
-    except optuna.TrialPruned:
-        state = TrialState.PRUNED
+    except optuna.TrialPruned as error:
+        state, ended_by = TrialState.PRUNED, error
     except (FloatingPointError, memory.TooLargeError) as error:
-        state, message = TrialState.FAIL, str(error)
+        state, message, ended_by = TrialState.FAIL, str(error), error
     except (jax.errors.JaxRuntimeError, MemoryError) as error:
         if not isinstance(error, MemoryError) and 'RESOURCE_EXHAUSTED' not in str(error):
             raise
         # Python's own says nothing.
         reason = f': {one_line(error)}' if str(error) else ''
         state, message = TrialState.FAIL, f'more memory needed than there is{reason}'
+        ended_by = error
     trial.finish(
         state,
         value,
@@ -281,6 +297,8 @@ def _run(trial: Trial, config, dataset: datasets.Dataset, num_folds: int) -> Non
         seconds=sum(row['seconds'] for row in history),
         message=message,
     )
+    if ended_by is not None:
+        interruption.end_series(ended_by)
 
 
 def _cross_validate(
@@ -293,9 +311,15 @@ def _cross_validate(
     )
     values = []
     for fold in range(num_folds):
-        results = crossval.run_fold(config, fold, trial.directory / f'fold_{fold}')
+        results = crossval.run_fold(
+            config,
+            fold,
+            trial.directory / f'fold_{fold}',
+            on_epoch=lambda row, fold=fold: trial.came(fold, row['epoch']),
+        )
         history += results['history']
         values.append(results['validation_accuracy'])
-        if trial.is_pruned(fold + 1, statistics.fmean(values), last=fold + 1 == num_folds):
+        last = fold + 1 == num_folds
+        if trial.is_pruned(fold + 1, statistics.fmean(values), last=last, of_all=True):
             raise optuna.TrialPruned
     return statistics.fmean(values)

@@ -42,13 +42,16 @@ _SIZES = (
     'model.attention.hidden, or take a larger model.patch_size'
 )
 TEST_STATES = ('best', 'last')
-# Fields that are about the test and do nothing in `validate`.
-OF_THE_TEST = ('test_state', 'flip_averaging')
 
 
 def check(config) -> None:
     """Raises `BadInput` for all that can be seen to be wrong in a config before data are read."""
     _check(config)
+    check_needs(config)
+
+
+def check_needs(config) -> None:
+    """Raises `BadInput` for fields of the test that need a validation split where there is none."""
     if not config.dataset.validation_fraction and config.dataset.fold < 0:
         needs = {
             "test_state is 'best'": config.test_state == 'best',
@@ -121,6 +124,11 @@ def steps_per_epoch(config, num_images: int) -> int:
 def check_data(config, dataset: datasets.Dataset) -> None:
     """Raises `BadInput` where the config of a run that is tested does not fit to the data."""
     steps_per_epoch(config, len(dataset.train))
+    check_flips(config, dataset)
+
+
+def check_flips(config, dataset: datasets.Dataset) -> None:
+    """Raises `BadInput` where mirror images are asked for and show something else."""
     if config.flip_averaging and not dataset.flip:
         raise BadInput(
             f'flip_averaging is True, but images of {dataset.name} are never mirrored: mirror '
@@ -297,7 +305,7 @@ def validate(
     The best epoch would be a choice made on the images that judge it, and so would early stopping.
 
     Args:
-      config: of the run; its fields `OF_THE_TEST` do nothing.
+      config: of the run; `fields.OF_THE_TEST` do nothing.
       dataset: with a validation split; its test split is not read and may be None.
       workdir: the directory of the run.
       on_epoch: gets each row of the history after its epoch, and where a run goes on, first those
@@ -346,9 +354,7 @@ def _fit(
 
         def claim() -> str:
             stack.enter_context(run_directory.alone(workdir))
-            claimed = run_directory.claim(
-                workdir, run_directory.definition(config.to_dict(), data)
-            )
+            claimed = run_directory.claim(workdir, run_directory.definition(config.to_dict(), data))
             # Not only after an epoch, where the directory is another user's, say.
             if not (claimed / 'results.json').exists():
                 run_directory.check_writable(claimed / 'checkpoints')

@@ -5,9 +5,11 @@ process holds the lock of the trial's directory. A trial that runs and whose loc
 orphan: its process has died, and whoever comes next goes on with it.
 """
 
+import copy
 import functools
 import os
 import pathlib
+import secrets
 import sqlite3
 from collections.abc import Callable, Mapping, Sequence
 from typing import IO
@@ -23,10 +25,17 @@ from performer_vit import workdir as run_directory
 from performer_vit.errors import BadInput, one_line
 
 _DATABASE = 'study.sqlite3'
-# Of a trial: how many processes have begun to work on it since its last step that was reported and
-# have not let go of it in good order. Where they all died, the trial may be what kills them.
+# Of a trial: how many processes have begun to work on it since it last came further and have not
+# let go of it in good order. Where they all died, the trial may be what kills them.
 _BEGUN = 'begun'
 _MOST_DEATHS = 5
+_FURTHEST = 'furthest'  # Of a trial: the fold and epoch of it that was the last to be new.
+_PRUNED_AT = 'pruned_at'  # Of a trial: the step after which it ends.
+# In a workdir, and of the study: the same word where the study began in this very directory.
+_MARK = '.sweep'
+# In the query of a URL, what is a password to some driver.
+_PASSWORDS = ('password', 'passwd', 'pwd')
+_SECONDS = 60  # That a worker waits for another one's transaction in a file.
 PRUNERS = ('none', 'median', 'successive_halving')
 STATES = {
     TrialState.COMPLETE: 'complete',
@@ -40,8 +49,9 @@ def make_pruner(pruner: str) -> optuna.pruners.BasePruner:
     """Optuna's pruner of that name.
 
     'median' ends a trial whose best value so far is below the median of the completed trials' at
-    the same step, once five trials are complete. 'successive_halving' lets at steps 1, 4, 16, … the
-    best quarter pass (Li et al. 2020, "A system for massively parallel hyperparameter tuning").
+    the same step, once five trials are complete; of running means, the last counts alone.
+    'successive_halving' lets at steps 1, 4, 16, … the best quarter pass (Li et al. 2020, "A system
+    for massively parallel hyperparameter tuning").
     """
     return {
         'none': optuna.pruners.NopPruner,
@@ -62,12 +72,20 @@ def _url(storage: str) -> URL | None:
 def without_password(storage: str) -> str:
     """The URL of a database as files and messages may have it."""
     url = _url(storage)
-    return storage if url is None else url.render_as_string(hide_password=True)
+    if url is None:
+        return storage
+    hidden = {name: '***' for name in url.query if name.lower() in _PASSWORDS}
+    return url.update_query_dict(hidden).render_as_string(hide_password=True)
 
 
 def check_storage(storage: str) -> None:
-    """Raises `BadInput` for a database in memory, which would end with this process."""
+    """Raises `BadInput` for what is no URL, or a database that would end with this process."""
     url = _url(storage)
+    if storage and url is None:
+        raise BadInput(  # It may have a password in it, though nobody knows where.
+            'sweep.storage is not the URL of a database: give one, such as sqlite:////DIR/FILE or '
+            "postgresql://USER:PASSWORD@HOST/DATABASE, or '' for a file in the workdir."
+        )
     if url and url.get_backend_name() == 'sqlite' and url.database in (None, '', ':memory:'):
         raise BadInput(
             f'sweep.storage is {storage!r}, a database in memory, which would be lost with this '
@@ -100,20 +118,52 @@ class Trial:
         self.continued = continued
         self._finished = False
         self._reported = set(frozen.intermediate_values)
+        self._furthest = frozen.user_attrs.get(_FURTHEST, [])
+        self._pruned_at = frozen.user_attrs.get(_PRUNED_AT)
         self._study = study
         self._trial = optuna.Trial(study, frozen._trial_id)
         self._trial.set_user_attr(_BEGUN, frozen.user_attrs.get(_BEGUN, 0) + 1)
         self._lock = lock
 
-    def is_pruned(self, step: int, value: float, *, last: bool) -> bool:
-        """Reports the value of a step, each step once, and tells whether to end the trial there."""
+    def came(self, *place: int) -> None:
+        """Notes that the work came to a place, such as (fold, epoch), if none came that far."""
+        if list(place) > self._furthest:
+            self._furthest = list(place)
+            self._trial.set_user_attr(_FURTHEST, self._furthest)
+            self._trial.set_user_attr(_BEGUN, 1)
+
+    def is_pruned(self, step: int, value: float, *, last: bool, of_all: bool = False) -> bool:
+        """Reports the value of a step, each step once, and tells whether to end the trial there.
+
+        Args:
+          step: from 1.
+          value: of the step.
+          last: whether it is the last step, after which there is nothing to save.
+          of_all: whether the value is that of all steps so far, as a running mean is. A better one
+            of fewer steps then says nothing for the trial.
+        """
         if step not in self._reported:
             self._trial.report(value, step)
             self._reported.add(step)
             self._trial.set_user_attr(_BEGUN, 1)
-        # After the last step there is nothing to save; and where a trial goes on, its earlier steps
-        # were judged, by what was known then.
-        return not last and step == max(self._reported) and self._trial.should_prune()
+        # Where a trial goes on, its earlier steps were judged, by what was known then.
+        if last or step != max(self._reported):
+            return False
+        # Successive halving marks what it has judged as passed, before it judges: its verdict must
+        # not get lost with the process.
+        if self._pruned_at != step and self._judged(of_all):
+            self._pruned_at = step
+            self._trial.set_user_attr(_PRUNED_AT, step)
+        return self._pruned_at == step
+
+    def _judged(self, of_all: bool) -> bool:
+        """Whether the pruner would end the trial after its last step."""
+        if not of_all:
+            return self._trial.should_prune()
+        frozen = copy.copy(self._study.get_trials(deepcopy=False)[self.number])
+        step = frozen.last_step
+        frozen.intermediate_values = {step: frozen.intermediate_values[step]}
+        return self._study.pruner.prune(self._study, frozen)
 
     def finish(
         self,
@@ -169,7 +219,8 @@ class Trials:
             try:
                 self._study = _open(workdir, storage, pruner)
             except (
-                SQLAlchemyError, optuna.exceptions.OptunaError, ImportError, ValueError
+                SQLAlchemyError, optuna.exceptions.OptunaError, ImportError, ValueError,
+                RuntimeError,  # Of a database that another version of Optuna made.
             ) as error:  # fmt: skip
                 reason = one_line(error).rstrip('.')
                 if not storage:
@@ -185,6 +236,9 @@ class Trials:
             theirs = self._study.user_attrs.get('definition')
             if theirs is None:
                 self._check_new(told)
+                mark = secrets.token_hex(8)
+                run_directory.write_text(workdir / _MARK, mark)
+                self._study.set_user_attr(_MARK, mark)
                 self._study.set_user_attr('definition', definition)
             elif lines := run_directory.differences(theirs, definition):
                 raise BadInput(
@@ -192,6 +246,19 @@ class Trials:
                     'something else:\n' + '\n'.join(lines) + '\nGive this sweep another --workdir='
                     'DIR or another sweep.storage, or repeat the config of that one to continue it.'
                 )
+            self._check_mark(told)
+
+    def _check_mark(self, told: str) -> None:
+        """Raises `BadInput` where the study began in another directory of the same path."""
+        path = self.workdir / _MARK
+        mark = path.read_text(encoding='utf-8') if path.exists() else None
+        if mark != self._study.user_attrs.get(_MARK):
+            raise BadInput(
+                f'sweep.storage is {told}, whose study {self._study.study_name} began in another '
+                "directory of that path, which is lost or another machine's. The workers of a "
+                'sweep keep apart by locks in its directory: give all of them a --workdir=DIR on '
+                'one file system, or this one another --workdir=DIR for a sweep of its own.'
+            )
 
     def _check_new(self, told: str) -> None:
         """Raises `BadInput` where a study without a definition is not that of a new sweep."""
@@ -254,9 +321,8 @@ class Trials:
                     orphan.finish(
                         TrialState.FAIL, epochs=None, seconds=None,
                         message=f'{_MOST_DEATHS} processes in a row died while they worked on it, '
-                        'and no later one came an epoch (in a cross-validation: a fold) further '
-                        'than the first: it may need more memory than there is, or somebody ended '
-                        'them',
+                        'and no later one came an epoch further than the first: it may need more '
+                        'memory than there is, or somebody ended them',
                     )  # fmt: skip
                     orphan.close()
             if len(trials) >= num_trials:
@@ -281,12 +347,13 @@ class Trials:
 def _open(workdir: pathlib.Path, storage: str, pruner: str) -> optuna.Study:
     """The study in the database; both are made where they are missing."""
     if storage:
-        database = optuna.storages.RDBStorage(storage)
+        is_file = make_url(storage).get_backend_name() == 'sqlite'
+        waits = {'connect_args': {'timeout': _SECONDS}} if is_file else None
+        database = optuna.storages.RDBStorage(storage, waits)
     else:
-        # Opened here, since a path has characters that mean something else in a URL; it waits
-        # seconds for another worker's transaction.
+        # Opened here, since a path has characters that mean something else in a URL.
         connect = functools.partial(
-            sqlite3.connect, workdir / _DATABASE, timeout=60, check_same_thread=False
+            sqlite3.connect, workdir / _DATABASE, timeout=_SECONDS, check_same_thread=False
         )
         database = optuna.storages.RDBStorage(f'sqlite:///{_DATABASE}', {'creator': connect})
     return optuna.create_study(

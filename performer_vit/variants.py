@@ -15,7 +15,9 @@ from performer_vit import (
     comparison,
     crossval,
     datasets,
+    fields,
     figures,
+    interruption,
     progress,
     train,
     typeset,
@@ -33,7 +35,7 @@ _SCORED = {
 }  # fmt: skip
 # What variants are compared by, and fields that change nothing of it.
 _QUANTITIES = {'compare': 'test_accuracy', 'ablate': 'validation_accuracy'}
-_IDLE = {'compare': ('flip_averaging',), 'ablate': train.OF_THE_TEST}
+_IDLE = {'compare': ('flip_averaging',), 'ablate': fields.OF_THE_TEST}
 
 
 def compare(config, workdir: str | os.PathLike | None = None, run_name: str = 'run') -> dict:
@@ -222,6 +224,7 @@ def _run(
         except FloatingPointError as error:
             diverged.append({'variant': variant, 'seed': seed, 'error': str(error)})
             progress.say(dataset_name, f'{variant}, seed {seed}, diverged: {error}')
+            interruption.end_series(error)
         jax.clear_caches()
     results = _report(mode, section, rows, diverged, workdir)
     progress.say(dataset_name, (workdir / 'table.md').read_text(encoding='utf-8'))
@@ -230,7 +233,7 @@ def _run(
 
 
 def _check_data(mode: str, variants: Mapping[str, object]) -> dict[str, dict[str, object]]:
-    """The fingerprints of each variant's data; `BadInput` where a variant does not fit to its own."""
+    """Each variant's data as fingerprints; `BadInput` where a variant does not fit to them."""
 
     def load(config) -> datasets.Dataset:
         return datasets.load(**config.dataset) if mode == 'compare' else crossval.load_fold(config)

@@ -54,6 +54,20 @@ def test_errors_pass():
             raise ZeroDivisionError
 
 
+def test_a_series_ends_with_the_run_that_was_asked():
+    """Catches a sweep that begins the next trial, since the one that was asked to stop failed."""
+    with pytest.raises(ZeroDivisionError) as asked:
+        with interruption.deferred():
+            os.kill(os.getpid(), signal.SIGTERM)
+            raise ZeroDivisionError
+    with pytest.raises(interruption.Interrupted, match='no other one begins'):
+        interruption.end_series(asked.value)
+    with pytest.raises(ZeroDivisionError) as unasked:
+        with interruption.deferred():
+            raise ZeroDivisionError
+    interruption.end_series(unasked.value)
+
+
 def test_an_ignored_signal_stays_ignored():
     """As `nohup` and shells have it for commands in the background."""
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)

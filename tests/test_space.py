@@ -16,8 +16,11 @@ FIELDS = {
     'model.depth': 2,
     'model.dropout_rate': 0.0,
     'model.stem_channels': ((16,), (32,)),
-    'flip_averaging': False,
+    'profile': False,
     'dataset.split_seed': 0,
+    'test_state': 'best',
+    'seed': 0,
+    'augment.cutout': 0,
 }
 
 
@@ -46,24 +49,29 @@ def test_what_is_read_is_what_was_written():
         (('model.width', 'gaussian', 1, 2), r"distribution is 'gaussian'; allowed are 'uniform'"),
         (('model.width', 'uniform', 32, 64), r"'uniform' is for fields of type float.*is 128"),
         (('optimizer.learning_rate', 'integer', 1, 2), r"'integer' is for fields of type int"),
-        (('flip_averaging', 'integer', 0, 1), r"'integer' is for fields of type int"),
+        (('profile', 'integer', 0, 1), r"'integer' is for fields of type int"),
         (('model.depth', 'integer', 1, 2.5), r'2.5 is of type float; the field is 2.*type int'),
         (('model.depth', 'integer', True, 4), r'True is of type bool; the field is 2'),
         (('model.width', 'choice', (64, '128')), r"'128' is of type str; the field is 128"),
         (('optimizer.name', 'choice', ('adam', 1)), r"1 is of type int; the field is 'muon'"),
-        (('flip_averaging', 'choice', (True, 1)), r'1 is of type int; the field is False'),
+        (('profile', 'choice', (True, 1)), r'1 is of type int; the field is False'),
         (('model.width', 'choice', ()), r'with one or more'),
         (('model.width', 'choice', 64), r'with one or more'),
         (('model.width', 'choice', (64, 64)), r'64 is there more than once'),
         (('optimizer.learning_rate', 'uniform', 1.0, 1.0), r'low is 1.0 and high is 1.0'),
         (('model.depth', 'integer', 3, 2), r'low is 3 and high is 2'),
-        (('model.depth', 'integer', 0, 2**32 - 1), r'are 4,294,967,296 integers; allowed'),
-        (('optimizer.learning_rate', 'log_uniform', 0, 1.0), r"low is 0.0; 'log_uniform' needs"),
-        (('optimizer.learning_rate', 'uniform', 0, math.inf), r'inf is not finite'),
+        (('seed', 'integer', 0, 2**32 - 1), r'are 4,294,967,296 integers; allowed'),
+        (('model.dropout_rate', 'log_uniform', 0, 0.5), r"low is 0.0; 'log_uniform' needs"),
+        (('optimizer.learning_rate', 'uniform', 0.1, math.inf), r'inf is not finite'),
         (('optimizer.learning_rate', 'uniform', 0.1), r"should be \(field, 'uniform', low, high\)"),
         (('model.depth', 'integer', 1, 2, 3), r"should be \(field, 'integer', low, high\)\."),
         (('optimizer.learning_rate', 'uniform', 0.1, 0.2, 3), r"is for the sampler 'grid' alone"),
         (('dataset.split_seed', 'integer', 0, 3), r'must be scored on the same images'),
+        (('test_state', 'choice', ('best', 'last')), r'changes nothing of the validation accuracy'),
+        (('model.depth', 'integer', 0, 3), r"'model.depth': 0; allowed is an integer from 1"),
+        (('model.dropout_rate', 'uniform', 0.0, 1.5), r'1.5; allowed is a number from 0 to below'),
+        (('model.width', 'choice', (64, -64)), r'-64; allowed is an integer from 1'),
+        ((['model.width'], 'choice', (64,)), r'which is no field of the config'),
         ('model.width', r'a row is \(field, distribution'),
     ],
 )
@@ -146,10 +154,10 @@ def test_conditions(condition, holds):
 def test_a_field_that_is_0_divides_nothing():
     """Catches a ZeroDivisionError in the middle of a sweep."""
     made = parse(
-        ('model.depth', 'integer', 0, 3),
-        conditions=(('model.width', 'divisible by', 'model.depth'),),
+        ('augment.cutout', 'integer', 0, 3),
+        conditions=(('model.width', 'divisible by', 'augment.cutout'),),
     )
-    assert made.unmet({**FIELDS, 'model.depth': 0}) is not None
+    assert made.unmet({**FIELDS, 'augment.cutout': 0}) is not None
 
 
 @pytest.mark.parametrize(
@@ -160,7 +168,7 @@ def test_a_field_that_is_0_divides_nothing():
         (('model.width', 'at most', 'model.wdith'), r"'model.wdith', which is no field"),
         (('optimizer.name', 'at most', 4), r"'muon' is of type str; 'at most' compares int and"),
         (('model.width', 'divisible by', 2.0), r"2.0 is of type float; 'divisible by' compares"),
-        (('flip_averaging', 'at most', 1), r'False is of type bool'),
+        (('profile', 'at most', 1), r'False is of type bool'),
         (('model.width', 'divisible by', 0), r'nothing is divisible by 0'),
         (('model.width', 'at most'), r'a row is \(field, relation, field or number\)'),
     ],

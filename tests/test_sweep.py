@@ -1,13 +1,14 @@
 """Sweeps: every trial once, whatever is killed; nothing infeasible; nothing that differs unseen."""
 
 import csv
+import dataclasses
 import math
+import os
 import random
 import signal
 import subprocess
 import sys
 import time
-import types
 
 import jax
 import numpy as np
@@ -28,7 +29,9 @@ from tensorboard.plugins.hparams import (
 
 from performer_vit import (
     crossval,
+    datasets,
     environment,
+    interruption,
     locks,
     memory,
     progress,
@@ -90,6 +93,18 @@ class Trainer:
         return {'validation_accuracy': rows[-1]['validation_accuracy'], 'history': list(rows)}
 
 
+def data_of(num_train, num_validation):
+    """Images of one black pixel."""
+    train_split, validation = (
+        datasets.Split(np.zeros((n, 1, 1, 3), np.uint8), np.zeros(n, np.int32))
+        for n in (num_train, num_validation)
+    )
+    channels = np.ones(3, np.float32)
+    return datasets.Dataset(
+        'digits', ('0',), train_split, validation, None, channels, channels, flip=False
+    )
+
+
 def by_rate(config):
     """Best at a learning rate of 1e-2, from 0 to 1."""
     return 0.9 - 0.2 * abs(math.log10(config.optimizer.learning_rate / 1e-2))
@@ -99,8 +114,7 @@ def by_rate(config):
 def trainer(monkeypatch):
     """No data and no training; combinations are checked for real by those who ask for it."""
     made = Trainer(by_rate)
-    data = types.SimpleNamespace(name='digits', train=range(1000), validation=range(100))
-    monkeypatch.setattr(crossval, 'load_fold', lambda config: data)
+    monkeypatch.setattr(crossval, 'load_fold', lambda config: data_of(1000, 100))
     monkeypatch.setattr(train, 'validate', made.validate)
     monkeypatch.setattr(train, 'check_scored', lambda config: None)
     return made
@@ -316,6 +330,49 @@ def test_a_trial_that_kills_its_processes_fails_at_last(tmp_path):
         trial.close()
 
 
+def test_epochs_of_a_fold_are_steps_too(tmp_path):
+    """Catches a cross-validated trial that fails after five kills, though each came further."""
+
+    def work(fold, epoch):
+        trial = claim(trials.Trials(tmp_path, '', 'none', {}))
+        for earlier in range(1, epoch + 1):  # As a run that goes on repeats those that it has.
+            trial.came(fold, earlier)
+        trial._lock.close()
+        return trial.number
+
+    assert {work(0, epoch) for epoch in range(1, 9)} == {0}
+    assert [work(1, 2) for _ in range(5)] == [0] * 5
+    assert work(1, 2) == 1  # Four more that came no further: it is given up.
+
+
+def test_a_verdict_of_successive_halving_is_kept(tmp_path):
+    """Catches a trial that was to end, and goes on since its process died before that was told.
+
+    Optuna marks the step as passed before it judges.
+    """
+    shared = trials.Trials(tmp_path, '', 'successive_halving', {})
+    best = claim(shared)
+    assert not best.is_pruned(1, 0.9, last=False)
+    trial = claim(shared)
+    assert trial.is_pruned(1, 0.1, last=False)
+    trial.close()
+    continued = claim(shared)
+    assert continued.number == trial.number and continued.is_pruned(1, 0.1, last=False)
+
+
+def test_another_directory_of_the_same_path(tmp_path):
+    """Catches a worker on another machine's disk, which takes running trials for orphans."""
+    storage = f'sqlite:///{tmp_path}/shared.sqlite3'
+    workdir_here = tmp_path / 'sweep'
+    workdir_here.mkdir()
+    trials.Trials(workdir_here, storage, 'none', {})
+    trials.Trials(workdir_here, storage, 'none', {})
+    workdir_here.rename(tmp_path / 'there')
+    workdir_here.mkdir()
+    with pytest.raises(BadInput, match=r'began in another directory of that path.*locks'):
+        trials.Trials(workdir_here, storage, 'none', {})
+
+
 def test_a_database_that_knows_nothing_of_the_trials(tmp_path, trainer):
     """Catches a lost database, after which trials would be numbered and judged anew."""
     config = config_of(num_trials=1)
@@ -412,17 +469,51 @@ def test_what_is_infeasible_is_never_tried_and_never_counted(tmp_path, trainer, 
     assert all(width % heads == 0 for width, heads, _ in found)
 
 
-def test_what_the_training_refuses_is_never_tried(tmp_path, trainer, monkeypatch):
-    """The model knows that 5 heads do not go into a width of 16; no condition says so here."""
+def test_what_the_training_refuses_is_never_tried(tmp_path, trainer, monkeypatch, capsys):
+    """The model knows that 5 heads do not go into a width of 16; no condition says so here.
+
+    Catches a slip of the user's in a space, of which a part is never tried, and nobody told.
+    """
     monkeypatch.undo()
-    data = types.SimpleNamespace(name='digits', train=range(100), validation=range(100))
-    monkeypatch.setattr(crossval, 'load_fold', lambda config: data)
+    monkeypatch.setattr(crossval, 'load_fold', lambda config: data_of(100, 100))
     monkeypatch.setattr(train, 'validate', trainer.validate)
     batch = ('batch_size', 'choice', (64, 128))  # 128 are more than there are images.
     config = config_of(HEADS, batch, sampler='grid', num_trials=9)
     results = sweep.sweep(config, tmp_path)
     found = {tuple(row['params'].values()) for row in results['trials']}
     assert found == {(2, 64), (4, 64)}
+    told = [line for line in capsys.readouterr().out.splitlines() if 'Not tried' in line]
+    assert len(told) == len(set(told)) == 2  # Whatever the other field is, and once.
+    assert any('num heads 5' in line and 'num_heads' in line for line in told), told
+
+
+def test_what_the_best_config_could_not_do_is_said_first(tmp_path, trainer):
+    """Trials are not tested, but the best is to be: catches hours for a config that is refused."""
+    config = config_of(num_folds=3)
+    config.dataset.validation_fraction = 0.0
+    with pytest.raises(BadInput, match=r"test_state is 'best', which needs a validation split"):
+        sweep.sweep(config, tmp_path / 'run')
+    config = config_of()
+    config.flip_averaging = True
+    with pytest.raises(BadInput, match=r'images of digits are never mirrored'):
+        sweep.sweep(config, tmp_path / 'run')
+    assert not (tmp_path / 'run').exists()
+
+
+def test_a_stop_is_heard_where_the_trial_ends_by_itself(tmp_path, trainer, monkeypatch):
+    """Catches a sweep that goes on with the next trial, since this one was pruned or diverged."""
+
+    def validate(config, dataset, directory, on_epoch):
+        with interruption.deferred():
+            os.kill(os.getpid(), signal.SIGTERM)
+            raise FloatingPointError('not finite')
+
+    with monkeypatch.context() as patched:
+        patched.setattr(train, 'validate', validate)
+        with pytest.raises(interruption.Interrupted):
+            sweep.sweep(config_of(num_trials=2), tmp_path)
+    rows = by_number(sweep.sweep(config_of(num_trials=2), tmp_path))
+    assert [row['state'] for row in rows] == ['failed', 'complete']
 
 
 def test_nothing_feasible_is_said_before_anything_is_made(tmp_path, trainer):
@@ -438,10 +529,12 @@ def test_cross_validated_trials(tmp_path, trainer, monkeypatch):
     """The mean over the folds; a trial is pruned by its first folds; all folds are its own runs."""
     scored = []
 
-    def run_fold(config, fold, directory):
+    def run_fold(config, fold, directory, on_epoch):
         assert config.dataset.num_folds == 3
         scored.append((directory.parent.name, directory.name, fold))
-        accuracy = by_rate(config) + 0.01 * fold
+        # The first fold is an easy one for all: catches trials that live on its accuracy.
+        accuracy = by_rate(config) + 0.3 * (fold == 0)
+        on_epoch({'epoch': 1})
         return {'validation_accuracy': accuracy, 'history': [{'seconds': 6.0}] * EPOCHS}
 
     monkeypatch.setattr(crossval, 'run_fold', run_fold)
@@ -451,7 +544,7 @@ def test_cross_validated_trials(tmp_path, trainer, monkeypatch):
     assert scored[:3] == [('trial_0000', f'fold_{fold}', fold) for fold in range(3)]
     for row in rows[:5]:
         expected = 0.9 - 0.2 * abs(math.log10(row['params']['optimizer.learning_rate'] / 1e-2))
-        np.testing.assert_allclose(row['value'], expected + 0.01)
+        np.testing.assert_allclose(row['value'], expected + 0.1)
         assert (row['state'], row['epochs'], row['seconds']) == ('complete', 12, 72.0)
     assert {row['epochs'] for row in rows if row['state'] == 'pruned'} == {4}
     assert workdir.read_json(tmp_path / 'trial_0000' / 'config.json')['dataset']['num_folds'] == 3
@@ -469,6 +562,7 @@ def test_cross_validated_trials(tmp_path, trainer, monkeypatch):
         ({'num_folds': 1}, r'sweep\.num_folds is 1; one fold'),
         ({'num_folds': -2}, r'sweep\.num_folds is -2'),
         ({'seed': -1}, r'sweep\.seed is -1'),
+        ({'storage': 'study.db'}, r'sweep\.storage is not the URL of a database'),
         ({'storage': 'mysqlite://nowhere'}, r"sweep\.storage is 'mysqlite://nowhere', a database"),
         ({'storage': 'sqlite:////proc/study'}, r'a database that cannot be used'),
         ({'storage': 'sqlite://'}, r"sweep\.storage is 'sqlite://', a database in memory"),
@@ -542,9 +636,9 @@ def test_a_damaged_database_is_named(tmp_path, trainer):
 def test_a_password_is_written_nowhere(tmp_path, trainer, monkeypatch):
     """Catches one in config.json, in the name of the directory, and in a message."""
     url = 'nosuch://me:secret@host/studies'
-    monkeypatch.setattr(trials, '_open', lambda *_: optuna.create_study(direction='maximize'))
-    sweep.sweep(config_of(storage=url, num_trials=1), tmp_path)
-    monkeypatch.undo()
+    with monkeypatch.context() as patched:
+        patched.setattr(trials, '_open', lambda *_: optuna.create_study(direction='maximize'))
+        sweep.sweep(config_of(storage=url, num_trials=1), tmp_path)
     with pytest.raises(BadInput, match=r"sweep\.storage is 'nosuch://me:\*\*\*@host") as error:
         sweep.sweep(config_of(storage=url), tmp_path)
     assert 'secret' not in str(error.value)
@@ -552,7 +646,11 @@ def test_a_password_is_written_nowhere(tmp_path, trainer, monkeypatch):
     assert sum(b'me:***@host' in text for text in written) >= 2
     assert not any(b'secret' in text for text in written)
     assert workdir.run_name('configs/sweeps/vit.py', '', {'sweep.storage': url}) == 'vit'
-    assert trials.without_password('no URL') == 'no URL'
+    with pytest.raises(BadInput, match=r'sweep\.storage is not the URL of a database') as error:
+        sweep.sweep(config_of(storage='me:secret@host'), tmp_path / 'new')
+    assert 'secret' not in str(error.value) and not (tmp_path / 'new').exists()
+    query = 'postgresql://host/db?user=me&password=secret'
+    assert trials.without_password(query) == 'postgresql://host/db?password=%2A%2A%2A&user=me'
 
 
 def test_a_missing_field_and_a_fold_of_its_own(tmp_path, trainer):
@@ -567,7 +665,7 @@ def test_a_missing_field_and_a_fold_of_its_own(tmp_path, trainer):
 
 
 def test_data_without_a_validation_split(tmp_path, trainer, monkeypatch):
-    data = types.SimpleNamespace(name='digits', train=range(1000), validation=None)
+    data = dataclasses.replace(data_of(1000, 0), validation=None)
     monkeypatch.setattr(crossval, 'load_fold', lambda config: data)
     with pytest.raises(BadInput, match=r'no validation split to score trials on: set'):
         sweep.sweep(config_of(), tmp_path)
@@ -903,7 +1001,7 @@ def test_the_shipped_sweeps_begin(tmp_path, monkeypatch, path, arguments):
         in (ROOT / 'configs' / 'sweeps' / f'{path}.py').read_text()
     )
     assert config.num_epochs == (31 if 'study' in arguments else 6)
-    data = types.SimpleNamespace(name='cifar10', train=range(45_000), validation=range(5_000))
+    data = dataclasses.replace(data_of(45_000, 5_000), name='cifar10')
     monkeypatch.setattr(crossval, 'load_fold', lambda config: data)
     begun = []
 
