@@ -1,7 +1,8 @@
 """The notebooks: each is executed from its first to its last cell, at a tiny budget.
 
-Nothing is said about what they print then; what they printed on a real run is stored. Catches a
-notebook that no longer fits the library, and a cell that needs one above it which is gone.
+What a text says of the numbers below it, their cell asserts; nothing else is said here about what
+is printed. What they printed on a real run is stored. Catches a notebook that no longer fits the
+library, and a cell that needs one above it which is gone.
 """
 
 import os
