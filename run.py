@@ -131,6 +131,15 @@ def _check_flags(argv: list[str], mode: str, config_flag) -> None:
         return
     if not config_flag.present:
         fail('--config is missing; an example is --config=configs/performer_relu.py')
+    sections = [section for section in _SECTIONS if section in _CONFIG.value]
+    if mode in _SECTIONS and mode not in sections:
+        fail(
+            f'--mode={mode} needs a config with a section `{mode}`, such as those of '
+            f'{_SECTIONS[mode]}.'
+        )
+    for section in sections:
+        if section != mode:
+            fail(f'this config has a section `{section}` and is for --mode={section} alone.')
     overrides = config_flags.get_override_values(config_flag)
     if mode in ('compare', 'ablate') and 'seed' in overrides:
         fail(
@@ -143,15 +152,6 @@ def _check_flags(argv: list[str], mode: str, config_flag) -> None:
             '--config.dataset.fallback out, or name the digits after the colon, as in '
             '--config=FILE:digits.'
         )
-    sections = [section for section in _SECTIONS if section in _CONFIG.value]
-    if mode in _SECTIONS and mode not in sections:
-        fail(
-            f'--mode={mode} needs a config with a section `{mode}`, such as those of '
-            f'{_SECTIONS[mode]}.'
-        )
-    for section in sections:
-        if section != mode:
-            fail(f'this config has a section `{section}` and is for --mode={section} alone.')
 
 
 if __name__ == '__main__':

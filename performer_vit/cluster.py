@@ -13,7 +13,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from performer_vit.errors import BadInput, one_line, shown
+from performer_vit.errors import BadInput, first_difference, one_line, shown
 
 # Seconds without a sign of life after which a process is taken to be dead, and the others end.
 HEARTBEAT_TIMEOUT = 20
@@ -143,11 +143,9 @@ def check_agreement(what: str, values: Mapping[str, object], remedy: str) -> Non
     process, place = (int(number) for number in differing[0])
     # All processes come here, with the same place.
     theirs = _texts(texts[place])
-    name, first, other = names[place], *(json.loads(theirs[index]) for index in (0, process))
-    if isinstance(first, list) and isinstance(other, list):  # Of which there may be hundreds.
-        pairs = enumerate(itertools.zip_longest(first, other))
-        at, (first, other) = next((at, pair) for at, pair in pairs if pair[0] != pair[1])
-        name = f'{name}, number {at + 1}'
+    name, first, other = first_difference(
+        names[place], *(json.loads(theirs[index]) for index in (0, process))
+    )
     raise BadInput(
         f'the processes differ in {what}, in {name}: {shown(first)} in process 0, {shown(other)} '
         f'in process {process}. {remedy}'

@@ -164,9 +164,17 @@ def against(
         for name, seeds in models.items()
     }
     results = {name: paired(values[name], values[baseline]) for name in values if name != baseline}
-    results = {name: result for name, result in results.items() if result is not None}
-    corrected = holm({name: result['p'] for name, result in results.items()})
-    return {name: {**result, 'holm_p': corrected[name]} for name, result in results.items()}
+    # What has no spread was compared as well: without it, the others would be corrected for less.
+    corrected = holm({
+        name: 1.0 if result is None else result['p']
+        for name, result in results.items()
+        if len(set(values[name]) & set(values[baseline])) > 1
+    })  # fmt: skip
+    return {
+        name: {**result, 'holm_p': corrected[name]}
+        for name, result in results.items()
+        if result is not None
+    }
 
 
 def summary(

@@ -1,5 +1,6 @@
 """The one error that a user's input can raise."""
 
+import itertools
 import textwrap
 from collections.abc import Iterable
 
@@ -26,6 +27,15 @@ def shown(value: object) -> str:
     except ValueError:  # Python does not write out integers of thousands of digits.
         return f'a large {type(value).__name__}'
     return text if len(text) <= 200 else f'{text[:197]} …'
+
+
+def first_difference(name: str, ours: object, theirs: object) -> tuple[str, object, object]:
+    """Two values that differ, to be shown under a name; of two lists, the first entry that does."""
+    if not (isinstance(ours, list) and isinstance(theirs, list)):
+        return name, ours, theirs
+    pairs = enumerate(itertools.zip_longest(ours, theirs))
+    place, (our, their) = next((place, pair) for place, pair in pairs if pair[0] != pair[1])
+    return f'{name}, number {place + 1}', our, their
 
 
 def unlike(unknown: Iterable[str], missing: Iterable[str]) -> str:

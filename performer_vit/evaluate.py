@@ -526,6 +526,10 @@ def restore_run(workdir: str | os.PathLike) -> Finished:
             '--mode=train; those of a comparison are in VARIANT/seed_S.'
         )
     dataset = datasets.load(**config.dataset)
+    if lines := run_directory.other_data(workdir, datasets.fingerprints(dataset)):
+        progress.say(
+            dataset.name, '\n'.join(['These are other data than those of the training:', *lines])
+        )
     model = vit.from_config(config.model, dataset.num_classes, config.seed)
     tx = optimizers.create(config.optimizer, lambda step: 0.0)
     template = checkpoints.create_state(
@@ -548,7 +552,8 @@ def evaluate_run(workdir: str | os.PathLike) -> dict:
 
     What training measured stays as it is in results.json, and so do the machine and the versions
     that belong to it. The test's accuracy, loss and time are those of this evaluation, and so are
-    `evaluation_device` and `evaluation_versions`.
+    `evaluation_device`, `evaluation_versions` and `evaluation_images`, the number and digest of
+    the test's, which may be others than when the run was trained: then that is said.
 
     Args:
         workdir: of a run that `train.train` finished.
@@ -571,6 +576,7 @@ def evaluate_run(workdir: str | os.PathLike) -> dict:
         inference_seconds=seconds,
         evaluation_device=environment.device(),
         evaluation_versions=environment.versions(),
+        evaluation_images=datasets.fingerprints(dataset)['test images'],
     )
     results = write_report(
         workdir, results, log_probabilities, dataset.test.labels, dataset.class_names, learnt

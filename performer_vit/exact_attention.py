@@ -25,6 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from performer_vit.errors import BadInput
+from performer_vit.linear_attention import varying_like
 
 # Queries of a block, and keys. Of the sizes 256, 512 and 1,024 the fastest forward and backward for
 # 512 to 4,096 tokens on a CPU. `BLOCK_SIZE = sys.maxsize` makes one block, without loops, of any
@@ -90,7 +91,7 @@ def exact_attention(
     _check_size('key_block_size', key_block_size)
     num_queries, num_keys = query.shape[-3], key.shape[-3]
     query, key, value = (jnp.swapaxes(x, -3, -2) for x in (query, key, value))
-    if num_queries * num_keys <= (block_size // 2) ** 2:
+    if num_queries * num_keys <= (block_size // 2) ** 2 or not query.size:
         mask = _with_patterns(mask, num_queries, num_keys, is_causal, segment_ids)
         output = _attend(query, key, value, mask, scale)
     else:
@@ -165,9 +166,11 @@ def _exponentials(
 def _product(subscripts: str, rows: jax.Array, shared: jax.Array, dtype: jnp.dtype) -> jax.Array:
     """einsum of [..., H, N, K] with [..., G, ...], the rows of H / G heads behind each other."""
     *batch, num_heads, num_rows, width = rows.shape
-    rows = rows.reshape(*batch, shared.shape[-3], -1, width)
+    num_groups = shared.shape[-3]
+    # No -1 for a size: where another one is 0, JAX would divide by it.
+    rows = rows.reshape(*batch, num_groups, num_heads // num_groups * num_rows, width)
     product = jnp.einsum(subscripts, rows, shared, preferred_element_type=dtype)
-    return product.reshape(*product.shape[:-3], num_heads, num_rows, -1)
+    return product.reshape(*product.shape[:-3], num_heads, num_rows, product.shape[-1])
 
 
 def _with_patterns(
@@ -322,6 +325,7 @@ def _attend_head(
         jnp.zeros(statistics, dtype),
         jnp.zeros((*query.shape[:-1], value.shape[-2]), dtype),
     )
+    carry = varying_like(carry, query, key, value, sight.mask, sight.runs)
     largest, total, output = _over_pairs(add, carry, query, blocks)
     # A row that saw nothing has summed hidden keys with weight exp(lowest - lowest) = 1.
     empty = largest == _lowest(dtype)

@@ -94,7 +94,9 @@ def favor_attention(
     The kernels 'softmax', 'softmax_hyperbolic', 'softmax_optimal' (FAVOR++) and
     'softmax_trigonometric' estimate softmax attention without bias in its kernel; their error falls
     as 1/√R and grows with the norms of q and k, as the docstrings of `feature_maps` give in closed
-    form. The other kernels define attentions of their own: W only samples their features.
+    form. The A of 'softmax_optimal' is that of all queries, padded ones too, and all keys that a
+    mask of keys leaves; of packed sequences, that of all of them together. The other kernels define
+    attentions of their own: W only samples their features.
 
     'cosine' multiplies the products of 'relu' by cos(π (i - j) / (2L)), so that near tokens count
     more (cosFormer: Qin et al. 2022, "cosFormer: Rethinking Softmax in Attention", arXiv
@@ -105,7 +107,8 @@ def favor_attention(
 
     A mask whose query and head axes are 1 (or left out) hides keys from everyone, as padding needs:
     it keeps the linear time and memory, and what the hidden positions hold, NaN included, has no
-    effect. So do `is_causal` and `segment_ids`. A mask with a query or head axis of its own has no
+    effect. `is_causal` and `segment_ids` keep them too, but hide no NaN: a weight of 0 times NaN is
+    NaN. A mask with a query or head axis of its own has no
     such form: it is applied exactly to the N×M matrix, at O(N·M) memory, which such a mask costs by
     itself.
 
@@ -490,10 +493,17 @@ def learnt_profiles(
     # A temperature of 1, so that norms are those of x'.
     feature_map = functools.partial(_LEARNT[kernel], temperature=1.0)
     sides = _sides(theta)
-    *own_heads, dim, _ = sides[0]['hidden_kernel'].shape
-    heads = [sides]
-    if own_heads:
-        heads = [jax.tree.map(operator.itemgetter(head), sides) for head in range(*own_heads)]
+    shapes = [theta['hidden_kernel'].shape for theta in sides]
+    dim = shapes[0][-2]
+    # A side may have a map for each head where the other one has one for all.
+    num_heads = max(shape[0] if len(shape) == 3 else 1 for shape in shapes)
+    heads = [
+        [
+            jax.tree.map(operator.itemgetter(head), theta) if len(shape) == 3 else theta
+            for theta, shape in zip(sides, shapes, strict=True)
+        ]
+        for head in range(num_heads)
+    ]
     profiles = [
         feature_maps.kernel_profile(
             functools.partial(feature_map, theta=thetas[0]),
@@ -529,7 +539,9 @@ def make_attention_fn(
     dropout of them is refused, and so is `bias`. Rows that may attend to no key are zeros, not the
     mean of the values. As with Flax, a mask's non-zero entries let keys through, whatever its
     dtype; a mask with a query axis, as `nn.make_attention_mask` makes, costs O(N·M) memory, where a
-    padding mask [..., 1, 1, M] costs nothing. `sow_weights=True` sows the matrix that the features
+    padding mask [..., 1, 1, M] costs nothing. In Flax's `decode=True` every query comes alone, and
+    so to kernel 'cosine' as position 0, which is not where it was in training: use another kernel
+    there. `sow_weights=True` sows the matrix that the features
     imply.
 
     Args:
@@ -622,6 +634,8 @@ def make_attention_fn(
             'mask': mask,
             'temperature': temperature,
         }
+        if is_causal:
+            _refuse_causal(kernel)
         if is_causal and query.shape[-3] == key.shape[-3]:
             weights['is_causal'] = True
         elif is_causal:
@@ -656,10 +670,7 @@ def _prepare(
     if kernel != 'softmax_optimal':
         return query, key, options
     if is_causal:
-        raise BadInput(
-            "kernel is 'softmax_optimal' and is_causal is True; its A is computed from all keys, "
-            "so that outputs would depend on later ones. Choose 'softmax' or 'softmax_hyperbolic'."
-        )
+        _refuse_causal(kernel)
     groups, copies = key.shape[-2], query.shape[-2] // key.shape[-2]
     # The query heads of a group share the key head's features, and so its A.
     grouped = query.reshape(*query.shape[:-2], groups, copies, query.shape[-1])
@@ -670,12 +681,22 @@ def _prepare(
     # The expectation of the estimate does not depend on A: it is a setting, not a part of the
     # function.
     a = jax.lax.stop_gradient(feature_maps.optimal_a(mean, query.shape[-1]))
+    # Of float16, -A may be beyond the largest number; any A ≤ 0 is unbiased.
+    a = jnp.maximum(a, jnp.finfo(jnp.result_type(query, key)).min)
     # It travels as one more coordinate, because maps see one block of tokens at a time.
     query, key = (
         jnp.concatenate([x, jnp.broadcast_to(a, (*x.shape[:-1], 1)).astype(x.dtype)], axis=-1)
         for x, a in ((query, jnp.repeat(a, copies, axis=-2)), (key, a))
     )
     return query, key, options
+
+
+def _refuse_causal(kernel: Kernel) -> None:
+    if kernel == 'softmax_optimal':
+        raise BadInput(
+            "kernel is 'softmax_optimal' and is_causal is True; its A is computed from all keys, "
+            "so that outputs would depend on later ones. Choose 'softmax' or 'softmax_hyperbolic'."
+        )
 
 
 def _with_angles(
@@ -792,6 +813,7 @@ def _with_patterns(
     num_queries, num_keys = query.shape[-3], key.shape[-3]
     patterns = [] if mask is None else [mask]
     if is_causal:
+        linear_attention.check_causal(num_queries, num_keys)
         patterns.append(jnp.tri(num_queries, num_keys, num_keys - num_queries, dtype=bool))
     if segment_ids is not None:
         linear_attention.check_segments(segment_ids, query, key, None)

@@ -49,8 +49,9 @@ _MIXTURE_INITS = {'lecun': (0.0, 0.0), 'relu': (4.0, 1.0), 'softmax': (-4.0, 1.0
 MAX_EXPONENT = 10.0
 
 # The exponential map stays within exp(±15). Products then reach e^30 = 1e13 and, over 100,000 keys,
-# a normaliser of 1e18: the largest whose square, by which the quotient's gradient divides, float32
-# still holds. The smallest product, 1e-13, needs no ε.
+# a normaliser of 1e18: the largest whose square float32 still holds, by which the gradient of a
+# plain quotient x / y divides (that of `linear_attention` does not). The smallest product, 1e-13,
+# needs no ε.
 MAX_EXP_EXPONENT = 15.0
 
 # From here on the second moment of the optimal positive features is infinite.
@@ -340,8 +341,8 @@ def relu_squared(
     The squared ReLU of So et al. 2021, "Primer: Searching for Efficient Transformers for Language
     Modeling", arXiv 2109.08668, there the activation of the MLP. It sharpens attention. Products
     grow with the fourth power of x, to 1e16 where w_r·x' is 1e4: float32 holds the sum of 1e5 of
-    them, but not the square of a normaliser above 1e19, without which the gradient of a quotient
-    loses the normaliser's part.
+    them, but not the square of a normaliser above 1e19, by which the gradient of a plain quotient
+    divides; that of `linear_attention` does not.
 
     Args:
       x, projection, temperature: see `elementwise`.
@@ -458,7 +459,7 @@ def exp(
     estimator, which is `softmax`: without exp(-‖x'‖²/2) a key counts exp(‖k'‖²/2) times what it
     does in softmax attention. Beyond ±15 features are constant and gradients 0: products then stay
     within e^±30, about 1e±13, and 1e5 of them within 1e18, so that float32 holds the normaliser
-    and its square, which the gradient of the quotient needs.
+    and its square, which the gradient of a plain quotient needs.
 
     Args:
       x, projection, temperature: see `elementwise`.

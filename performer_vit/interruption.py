@@ -23,8 +23,8 @@ def deferred() -> Iterator[Callable[[], bool]]:
     """Within, the first SIGINT or SIGTERM is only remembered; the next ends the process at once.
 
     Yields a function that says whether there was one. Whoever acts on it raises `Interrupted`;
-    where nobody did, the end of the block does. An error passes: see `end_series` for whoever goes
-    on after one. A signal that was ignored before is ignored still.
+    where nobody did, the end of the block does. An error passes, and `was_asked` tells whoever goes
+    on after it. A signal that was ignored before is ignored still.
     Python gives signals to the main thread alone, so in another one nothing is deferred.
     """
     if threading.current_thread() is not threading.main_thread():
@@ -55,13 +55,18 @@ def deferred() -> Iterator[Callable[[], bool]]:
         raise Interrupted('Asked to stop, this run was done first.')
 
 
-def end_series(error: Exception) -> None:
-    """Raises `Interrupted` where the run that this error ended had also been asked to stop.
+def was_asked(error: Exception) -> bool:
+    """Whether the run that this error ended had also been asked to stop, within `deferred`."""
+    return getattr(error, 'asked_to_stop', False)
 
-    For whoever catches the error of one run to begin the next, which would not hear of the signal.
+
+def end_series(asked: bool) -> None:
+    """Raises `Interrupted` where a run `was_asked` to stop that had ended by an error.
+
+    For whoever would begin the next run, which does not hear of that signal.
     """
-    if getattr(error, 'asked_to_stop', False):
-        raise Interrupted('Asked to stop, this run had ended, and no other one begins.') from error
+    if asked:
+        raise Interrupted('Asked to stop, this run had ended, and no other one begins.')
 
 
 @contextlib.contextmanager

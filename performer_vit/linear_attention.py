@@ -40,7 +40,8 @@ from performer_vit.errors import BadInput
 LOWEST = -1e30
 
 # Signed features can cancel in the normaliser. What is smaller than this part of the terms that
-# were summed is float32's rounding of 0, and is replaced by that part, with its sign.
+# were summed is float32's rounding of 0, and is replaced by that part, with its sign. Where keys
+# are read from a state, its sum is one term: what cancelled between keys before is not seen.
 CANCELLED = 1e-6
 
 # Products of two tokens' positive `LogFeatures` are at least this within a causal chunk and in the
@@ -180,7 +181,9 @@ def causal_linear_attention(
 
     For `LogFeatures` within a chunk, a key and a query are divided by the largest of their own
     features; a product of the rest below `SMALLEST` counts as that (as itself for signed features).
-    With softmax features of D = 64 no product is that small for |q|, |k| up to about 100.
+    With 256 softmax features of D = 64 none is that small for |q| = |k| up to about 50. Where
+    k = -q that begins at about 30, and from 40 on it is so for half of the draws of W: weights
+    among such keys are then too even.
 
     Args:
       query, key, value, feature_map, key_feature_map, key_mask, signed: see `linear_attention`;
@@ -198,12 +201,8 @@ def causal_linear_attention(
       BadInput: see `linear_attention`; also fewer keys than queries.
     """
     inputs = _prepare(query, key, value, feature_map, key_feature_map, key_mask, signed, block_size)
+    check_causal(query.shape[-3], key.shape[-3])
     prefix = inputs.key.shape[1] - inputs.query.shape[1]
-    if prefix < 0:
-        raise BadInput(
-            f'key has {key.shape[-3]} tokens, fewer than the {query.shape[-3]} of query; causal '
-            'attention aligns their ends. Give a key for every query.'
-        )
     segments = None
     if segment_ids is not None:
         check_segments(segment_ids, query, key, axis_name)
@@ -317,8 +316,8 @@ def extend(
         `causal_linear_attention`, with N = M.
 
     Returns:
-      [..., N, H, D], as the causal attention of the whole sequence has at these positions, and the
-      state after them.
+      [..., N, H, D], as the causal attention of the whole sequence has at these positions, but for
+      rounding, `SMALLEST` and what signed features cancel; and the state after them.
 
     Raises:
       BadInput: see `causal_linear_attention` and `absorb`; also another number of keys than of
@@ -407,10 +406,10 @@ def quadratic_attention(
     weights = attention_matrix(
         query, key, feature_map, key_feature_map=key_feature_map, mask=mask, signed=signed
     )
-    groups = key.shape[-2]
-    weights = weights.reshape(*weights.shape[:-3], groups, -1, *weights.shape[-2:])
+    heads, groups = query.shape[-2], key.shape[-2]
+    weights = weights.reshape(*weights.shape[:-3], groups, heads // groups, *weights.shape[-2:])
     output = jnp.einsum('...gpnm,...mgd->...ngpd', weights, value.astype(weights.dtype))
-    return output.reshape(*output.shape[:-3], -1, output.shape[-1]).astype(value.dtype)
+    return output.reshape(*output.shape[:-3], heads, output.shape[-1]).astype(value.dtype)
 
 
 def runs(segment_ids: jax.Array) -> jax.Array:
@@ -418,6 +417,15 @@ def runs(segment_ids: jax.Array) -> jax.Array:
     changes = segment_ids[..., 1:] != segment_ids[..., :-1]
     changes = jnp.pad(changes, [(0, 0)] * (segment_ids.ndim - 1) + [(1, 0)])
     return jnp.cumsum(changes, axis=-1, dtype=jnp.int32)
+
+
+def check_causal(num_queries: int, num_keys: int) -> None:
+    """Raises `BadInput` where queries would stand before the first key."""
+    if num_keys < num_queries:
+        raise BadInput(
+            f'key has {num_keys} tokens, fewer than the {num_queries} of query; causal '
+            'attention aligns their ends. Give a key for every query.'
+        )
 
 
 def check_segments(
@@ -652,7 +660,7 @@ def _absorb_blocks(
     """Absorbs [..., M, G, D'] keys, `plan.key_tokens` at a time; state None for an empty one."""
     if state is None:
         state = _zeros(value, _feature_shapes(inputs.key_feature_map, key))
-    state = _varying_like(state, key, value, key_mask)
+    state = varying_like(state, key, value, key_mask)
     contribution = functools.partial(_contribution, inputs.key_feature_map)
     num_keys = key.shape[-3]
     if plan.key_tokens == num_keys:
@@ -782,7 +790,7 @@ def _attend_in_chunks(
         )
         return _join(output, num_tokens), carry[0]
 
-    state = _varying_like(state, inputs.query, inputs.key, inputs.value, key_mask)
+    state = varying_like(state, inputs.query, inputs.key, inputs.value, key_mask)
     arrays = (state, inputs.query, inputs.key, inputs.value, key_mask, runs)
     if plan.group != inputs.query.shape[0] and not looped:
         attend = _recomputed(attend)
@@ -1120,15 +1128,15 @@ def _states_before(state: State, axis_name: Any) -> State:
     return State(jnp.sum(states.sums * decay, axis=0), log_scale)
 
 
-def _varying_like(state: State, *arrays: jax.Array | None) -> State:
-    """The state as `shard_map` wants a loop's carry: marked as different on every device."""
+def varying_like(carry: Any, *arrays: jax.Array | None) -> Any:
+    """A loop's carry as `shard_map` wants it: marked as different between devices as arrays are."""
     # The sum of no entries of an array is 0, and as different between devices as the array is.
     nothing = sum(
         jnp.sum(jax.lax.stop_gradient(x[..., :0]), dtype=jnp.float32)
         for x in arrays
         if x is not None
     )
-    return jax.tree.map(lambda x: x + nothing.astype(x.dtype), state)
+    return jax.tree.map(lambda x: x + nothing.astype(x.dtype), carry)
 
 
 def _prepare(

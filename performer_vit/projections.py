@@ -213,7 +213,7 @@ def hadamard_project(x: jax.Array, signs: jax.Array, num_features: int) -> jax.A
     y = jnp.pad(x.astype(jnp.promote_types(x.dtype, jnp.float32)), pad)[..., None, :]
     for which in (2, 1, 0):
         y = hadamard_transform(signs[:, which] * y)
-    return y.reshape(*x.shape[:-1], -1)[..., :num_features] * padded**0.5
+    return y.reshape(*x.shape[:-1], y.shape[-2] * padded)[..., :num_features] * padded**0.5
 
 
 @jax.jit

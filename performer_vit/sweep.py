@@ -80,9 +80,6 @@ def sweep(config, workdir: str | os.PathLike | None = None, run_name: str = 'run
         section.space, section.conditions, fields, grid=section.sampler == 'grid'
     )
     proposals.check(space, section.sampler)
-    if section.num_folds:
-        # Trials do not ask this of the config, but the best of them is to be trained and tested.
-        train.check_needs(base)
     name = f'{run_name}-sweep'
     run_directory.check_writable(workdir or run_directory.default_workdir(name, ''))
     try:
@@ -96,7 +93,6 @@ def sweep(config, workdir: str | os.PathLike | None = None, run_name: str = 'run
             'the data set has no validation split to score trials on: set '
             'dataset.validation_fraction above 0, or sweep.num_folds to 2 or more.'
         )
-    train.check_flips(base, dataset)  # As above.
     told_of = set()
 
     def refusal(combination: Mapping) -> str | None:
@@ -132,6 +128,7 @@ def sweep(config, workdir: str | os.PathLike | None = None, run_name: str = 'run
     directory = pathlib.Path(workdir or run_directory.default_workdir(name, dataset.name))
     is_new = not (directory / 'config.json').exists()
     if is_new:
+        _check_best(base, dataset)
         propose([])  # Where nothing can be tried, before there is a directory.
     told = {**config.to_dict(), 'mode': 'sweep'}
     told['sweep'] |= {'storage': without_password(section.storage)}
@@ -150,6 +147,15 @@ def sweep(config, workdir: str | os.PathLike | None = None, run_name: str = 'run
         undrawn = sweep_report.draw(results, trials.all(), directory)
     progress.say(dataset.name, sweep_report.ending(results, undrawn, directory))
     return results
+
+
+def _check_best(base, dataset: datasets.Dataset) -> None:
+    """Raises `BadInput` for what trials do not mind, but the test of their best would."""
+    try:
+        train.check_needs(base)
+        train.check_flips(base, dataset)
+    except BadInput as error:
+        raise BadInput(f'the best config of this sweep could not be tested: {error}') from error
 
 
 def base_config(config):
@@ -272,7 +278,7 @@ def _run(trial: Trial, config, dataset: datasets.Dataset, num_folds: int) -> Non
         if trial.is_pruned(row['epoch'], row['validation_accuracy'], last=last):
             raise optuna.TrialPruned
 
-    state, value, message, ended_by = TrialState.COMPLETE, None, None, None
+    state, value, message, asked = TrialState.COMPLETE, None, None, False
     try:
         if num_folds:
             value = _cross_validate(trial, config, dataset, num_folds, history)
@@ -280,16 +286,16 @@ def _run(trial: Trial, config, dataset: datasets.Dataset, num_folds: int) -> Non
             results = train.validate(config, dataset, trial.directory, on_epoch)
             value, history = results['validation_accuracy'], results['history']
     except optuna.TrialPruned as error:
-        state, ended_by = TrialState.PRUNED, error
+        state, asked = TrialState.PRUNED, interruption.was_asked(error)
     except (FloatingPointError, memory.TooLargeError) as error:
-        state, message, ended_by = TrialState.FAIL, str(error), error
+        state, message, asked = TrialState.FAIL, str(error), interruption.was_asked(error)
     except (jax.errors.JaxRuntimeError, MemoryError) as error:
         if not isinstance(error, MemoryError) and 'RESOURCE_EXHAUSTED' not in str(error):
             raise
         # Python's own says nothing.
         reason = f': {one_line(error)}' if str(error) else ''
         state, message = TrialState.FAIL, f'more memory needed than there is{reason}'
-        ended_by = error
+        asked = interruption.was_asked(error)
     trial.finish(
         state,
         value,
@@ -297,8 +303,7 @@ def _run(trial: Trial, config, dataset: datasets.Dataset, num_folds: int) -> Non
         seconds=sum(row['seconds'] for row in history),
         message=message,
     )
-    if ended_by is not None:
-        interruption.end_series(ended_by)
+    interruption.end_series(asked)
 
 
 def _cross_validate(

@@ -271,7 +271,7 @@ def _draw_crossval(path: pathlib.Path) -> None:
 
 
 def _draw_comparison(path: pathlib.Path) -> None:
-    rows = read(path)
+    rows = _compared(path)
     epochs = ', '.join(sorted({str(row['epochs']) for row in rows}))
     dataset = figures.DATASET_NAMES.get(rows[0]['dataset'], rows[0]['dataset'])
     title = f'ViT and Performers on {dataset}, {epochs} epochs'

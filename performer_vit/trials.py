@@ -33,8 +33,8 @@ _FURTHEST = 'furthest'  # Of a trial: the fold and epoch of it that was the last
 _PRUNED_AT = 'pruned_at'  # Of a trial: the step after which it ends.
 # In a workdir, and of the study: the same word where the study began in this very directory.
 _MARK = '.sweep'
-# In the query of a URL, what is a password to some driver.
-_PASSWORDS = ('password', 'passwd', 'pwd')
+# In the query of a URL, a part of the names of what is a password, or has one in it, to a driver.
+_PASSWORDS = ('pass', 'pwd', 'odbc_connect')
 _SECONDS = 60  # That a worker waits for another one's transaction in a file.
 PRUNERS = ('none', 'median', 'successive_halving')
 STATES = {
@@ -62,7 +62,7 @@ def make_pruner(pruner: str) -> optuna.pruners.BasePruner:
 
 
 def _url(storage: str) -> URL | None:
-    """The URL of a database; None where there is none, as the database will say."""
+    """The URL of a database; None of what is no URL."""
     try:
         return make_url(storage) if storage else None
     except (ArgumentError, ValueError):
@@ -74,7 +74,7 @@ def without_password(storage: str) -> str:
     url = _url(storage)
     if url is None:
         return storage
-    hidden = {name: '***' for name in url.query if name.lower() in _PASSWORDS}
+    hidden = {name: '***' for name in url.query if any(part in name.lower() for part in _PASSWORDS)}
     return url.update_query_dict(hidden).render_as_string(hide_password=True)
 
 
@@ -207,7 +207,8 @@ class Trials:
       definition: of the sweep, as JSON has it: what must be the same when it goes on.
 
     Raises:
-      BadInput: the database cannot be used, or its study has another definition.
+      BadInput: the database cannot be used, or its study has another definition or began in another
+        directory.
     """
 
     def __init__(self, workdir: pathlib.Path, storage: str, pruner: str, definition: Mapping):
@@ -236,9 +237,10 @@ class Trials:
             theirs = self._study.user_attrs.get('definition')
             if theirs is None:
                 self._check_new(told)
-                mark = secrets.token_hex(8)
-                run_directory.write_text(workdir / _MARK, mark)
-                self._study.set_user_attr(_MARK, mark)
+                if storage:
+                    mark = secrets.token_hex(8)
+                    run_directory.write_text(workdir / _MARK, mark)
+                    self._study.set_user_attr(_MARK, mark)
                 self._study.set_user_attr('definition', definition)
             elif lines := run_directory.differences(theirs, definition):
                 raise BadInput(
@@ -246,7 +248,8 @@ class Trials:
                     'something else:\n' + '\n'.join(lines) + '\nGive this sweep another --workdir='
                     'DIR or another sweep.storage, or repeat the config of that one to continue it.'
                 )
-            self._check_mark(told)
+            if storage:
+                self._check_mark(told)
 
     def _check_mark(self, told: str) -> None:
         """Raises `BadInput` where the study began in another directory of the same path."""
@@ -255,9 +258,10 @@ class Trials:
         if mark != self._study.user_attrs.get(_MARK):
             raise BadInput(
                 f'sweep.storage is {told}, whose study {self._study.study_name} began in another '
-                "directory of that path, which is lost or another machine's. The workers of a "
-                'sweep keep apart by locks in its directory: give all of them a --workdir=DIR on '
-                'one file system, or this one another --workdir=DIR for a sweep of its own.'
+                f'directory of that path, as {path} says or lacks: one that is lost, or another '
+                "machine's. The workers of a sweep keep apart by locks in its directory: give all "
+                'of them a --workdir=DIR on one file system, or this one another --workdir=DIR for '
+                'a sweep of its own; or restore the directory with that file.'
             )
 
     def _check_new(self, told: str) -> None:

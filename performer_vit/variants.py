@@ -224,7 +224,7 @@ def _run(
         except FloatingPointError as error:
             diverged.append({'variant': variant, 'seed': seed, 'error': str(error)})
             progress.say(dataset_name, f'{variant}, seed {seed}, diverged: {error}')
-            interruption.end_series(error)
+            interruption.end_series(interruption.was_asked(error))
         jax.clear_caches()
     results = _report(mode, section, rows, diverged, workdir)
     progress.say(dataset_name, (workdir / 'table.md').read_text(encoding='utf-8'))

@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 
 from performer_vit import files, locks
 from performer_vit.datasets import DATASETS
-from performer_vit.errors import BadInput, one_line, shown
+from performer_vit.errors import BadInput, first_difference, one_line, shown
 
 HISTORY_COLUMNS = (
     'dataset', 'epoch', 'step', 'train_loss', 'train_accuracy', 'validation_loss',
@@ -25,6 +25,7 @@ HISTORY_COLUMNS = (
 )  # fmt: skip
 # File systems take 255 bytes, and a mode puts its own name behind it.
 _LONGEST_NAME = 200
+_DATA = 'data_read'  # In config.json: the fingerprints of what was read.
 # Where data comes from; what was read stands in `dataset_read` and `data_read`, which must agree.
 _WHEREABOUTS = ('dataset.data_dir', 'dataset.fallback')
 # What may change when a run goes on; a sweep may go further than it was to go at first.
@@ -34,6 +35,17 @@ _FREE = (*_WHEREABOUTS, 'sweep.num_trials', 'sweep.minutes')
 _UNNAMED = (
     *_FREE, 'dataset.name', 'sweep.storage', 'compare.seeds', 'compare.baseline', 'ablate.seeds',
 )  # fmt: skip
+
+
+_LONG = 200  # Characters of a value, of which messages show no more.
+
+
+class _Absent:
+    def __repr__(self) -> str:
+        return 'absent'
+
+
+_ABSENT = _Absent()
 
 
 def write_text(path: str | os.PathLike, text: str) -> None:
@@ -275,7 +287,7 @@ def definition(config: Mapping, data: Mapping[str, object]) -> dict:
     """
     read = dict(data)
     told = {**config, 'dataset_read': read.pop('name')}
-    return json.loads(json.dumps({**told, 'data_read': read} if read else told))
+    return json.loads(json.dumps({**told, _DATA: read} if read else told))
 
 
 def read_config(workdir: str | os.PathLike) -> ConfigDict:
@@ -287,7 +299,7 @@ def read_config(workdir: str | os.PathLike) -> ConfigDict:
     values = read_json(pathlib.Path(workdir) / 'config.json')
     try:
         name, data_dir = values.pop('dataset_read'), values['dataset']['data_dir']
-        values.pop('data_read', None)  # A user may evaluate on other images than were trained on.
+        values.pop(_DATA, None)
         grids = values['model']['stem_channels']
         values['dataset'] |= {'name': name, 'fallback': 'none'}
         # Where TFDS has the data may have changed; a folder that is gone is to be named.
@@ -304,15 +316,29 @@ def read_config(workdir: str | os.PathLike) -> ConfigDict:
 
 
 def differences(theirs: Mapping, ours: Mapping) -> list[str]:
-    """A line for each field in which two configs differ and which may not change in a run."""
+    """A line for each field in which two configs differ and which may not change in a run.
+
+    Of data, only what both have read: one of them may be without a test, or of an earlier version.
+    """
     theirs, ours = flatten(theirs), flatten(ours)
-    return [
-        f'  {field}: {_value(theirs, field)} there, {_value(ours, field)} here'
-        for field in sorted(set(theirs) | set(ours))
-        if field not in _FREE
-        and ((field in theirs, theirs.get(field)) != (field in ours, ours.get(field)))
-    ]
+    lines = []
+    for field in sorted(set(theirs) | set(ours)):
+        their, our = (values.get(field, _ABSENT) for values in (theirs, ours))
+        is_unread = field.startswith(f'{_DATA}.') and _ABSENT in (their, our)
+        if field not in _FREE and their != our and not is_unread:
+            if max(len(repr(their)), len(repr(our))) > _LONG:
+                field, their, our = first_difference(field, their, our)
+            lines.append(f'  {field}: {shown(their)} there, {shown(our)} here')
+    return lines
 
 
-def _value(values: Mapping, field: str) -> str:
-    return repr(values[field]) if field in values else 'absent'
+def other_data(workdir: str | os.PathLike, data: Mapping[str, object]) -> list[str]:
+    """A line for each thing in which data differ from those that the run in a directory has read.
+
+    Args:
+      workdir: of a run.
+      data: from `datasets.fingerprints`.
+    """
+    values = read_json(pathlib.Path(workdir) / 'config.json')
+    read = {name: values[name] for name in ('dataset_read', _DATA) if name in values}
+    return differences(read, definition({}, data))

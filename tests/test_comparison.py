@@ -75,6 +75,19 @@ def test_against_corrects_for_the_number_of_kernels():
     assert results['relu']['low'] > 0 > results['gelu']['low']
 
 
+def test_a_tie_counts_among_the_comparisons():
+    """Catches p-values that shrink since one of the models happened to score the same."""
+    accuracies = {
+        'exact': (0.80, 0.81, 0.79), 'relu': (0.82, 0.83, 0.812), 'gelu': (0.80, 0.81, 0.79),
+    }  # fmt: skip
+    rows = [
+        row(kernel, seed, a) for kernel in accuracies for seed, a in enumerate(accuracies[kernel])
+    ]
+    results = comparison.against(comparison.by_seed(rows), 'exact', 'test_accuracy')
+    assert list(results) == ['relu']
+    assert results['relu']['holm_p'] == pytest.approx(2 * results['relu']['p'])
+
+
 def test_a_comparison_changes_one_thing():
     rows = [row(), row('relu', 1), row('relu', 2, num_epochs=4)]
     comparison.check_one_factor(rows[:2])

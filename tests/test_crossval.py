@@ -84,6 +84,16 @@ def test_nothing_is_done_again(cross_validated, monkeypatch):
     assert crossval.cross_validate(config, directory) == results
 
 
+def test_the_directories_know_their_images(cross_validated):
+    """Catches folds of other images that count as those of this data set."""
+    config, directory, _ = cross_validated
+    for place in (directory, directory / 'fold_0'):
+        data = datasets.fingerprints(crossval.load_fold(crossval.fold_config(config, 0)))
+        assert workdir.other_data(place, data) == []
+        data['training images'] = '958, of digest 0123456789abcdef'
+        assert '0123456789abcdef' in workdir.other_data(place, data)[0]
+
+
 def test_a_directory_of_another_cross_validation_is_refused(cross_validated):
     config, directory, _ = cross_validated
     config = config.copy_and_resolve_references()

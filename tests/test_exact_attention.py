@@ -409,9 +409,12 @@ def test_one_block_has_no_loops(monkeypatch):
 # Transformations
 
 
-@pytest.mark.parametrize('transform', ['vmap', 'pmap', 'checkpoint', 'jvp'])
+@pytest.mark.parametrize('transform', ['vmap', 'pmap', 'shard_map', 'checkpoint', 'jvp'])
 def test_transformations(transform):
-    """Catches a derivative that is lost, or an axis that is mixed up, under a transformation."""
+    """Catches a derivative that is lost, or an axis that is mixed up, under a transformation.
+
+    With `shard_map`, also a loop's carry that starts out alike on every device.
+    """
     case = Case(10, 10, 2, (2,), is_causal=True, segments=True)
     arrays = inputs(case)
     keywords, _ = options(case)
@@ -434,6 +437,12 @@ def test_transformations(transform):
     elif transform == 'pmap':
         split = [np.stack([x, x + 1]) for x in (*arrays, ids)]
         found = [x[0] for x in jax.pmap(plain, devices=jax.devices()[:2])(*split)]
+    elif transform == 'shard_map':
+        mesh = jax.make_mesh((2,), ('batch',), axis_types=(jax.sharding.AxisType.Auto,))
+        specs = jax.P('batch')
+        found = jax.jit(jax.shard_map(plain, mesh=mesh, in_specs=specs, out_specs=specs))(
+            *arrays, ids
+        )
     elif transform == 'checkpoint':
         found = jax.jit(functools.partial(derivative, jax.checkpoint(function)))(*arrays, ids)
     else:

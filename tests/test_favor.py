@@ -1121,6 +1121,21 @@ def test_learnt_profiles_are_those_of_each_head(kernel, sharing):
         favor.learnt_profiles('relu', theta, 0.5, 1.5, angles, key)
 
 
+@pytest.mark.parametrize('own', ['query', 'key'])
+def test_learnt_profiles_where_one_side_has_heads(own):
+    """As attention takes it. Catches a shared map that is cut up as one of many heads."""
+    heads, shared = (weights('ftheta', sharing=sharing)['theta'] for sharing in ('none', 'all'))
+    theta = {'query': shared, 'key': shared} | {own: heads[own]}
+    repeated = jax.tree.map(lambda leaf: jnp.stack([leaf] * H), shared)
+    whole = {'query': repeated, 'key': repeated} | {own: heads[own]}
+    angles, key = np.linspace(0, np.pi, 3), jax.random.key(2)
+    found, expected = (
+        favor.learnt_profiles('ftheta', each, 0.5, 1.5, angles, key, num_planes=4)
+        for each in (theta, whole)
+    )
+    np.testing.assert_allclose(found.mean, expected.mean, rtol=1e-5)
+
+
 @pytest.mark.parametrize('kernel', ['exact', 'relu'])
 def test_module_takes_segments(kernel):
     """Catches an argument that the module does not hand on, or takes for the mask."""
@@ -1296,7 +1311,8 @@ def test_bad_arrays(arrays, more, message, matrix):
     with pytest.raises(BadInput, match=message):
         if matrix and arrays[2] is V and 'value' not in message:
             favor.attention_matrix(*arrays[:2], **more)
-        favor.favor_attention(*arrays, **more)
+        else:
+            favor.favor_attention(*arrays, **more)
 
 
 @pytest.mark.parametrize(
@@ -1304,6 +1320,11 @@ def test_bad_arrays(arrays, more, message, matrix):
     [
         ((K, Q, V[:, :5]), {'is_causal': True}, 'key has 5 tokens, fewer than the 7 of query; ca'),
         ((K, Q, V[:, :5]), {'is_causal': True, 'kernel': 'exact'}, 'is_causal is True with 7 que'),
+        (
+            (K, Q, V[:, :5]),
+            {'is_causal': True, 'mask': np.ones((7, 5), bool)},
+            'key has 5 tokens, fewer than the 7 of query; ca',
+        ),
         ((Q, K, V), {'block_size': 0}, 'block_size is 0'),
         ((Q, K, V), {'block_size': 0, 'kernel': 'exact'}, 'block_size is 0'),
         (
@@ -1328,6 +1349,40 @@ def test_bad_patterns(arrays, more, message):
     """Catches a pattern that is dropped where it has no meaning, and blocks of nothing."""
     with pytest.raises(BadInput, match=message):
         favor.favor_attention(*arrays, **{'kernel': 'relu'} | more)
+
+
+@pytest.mark.parametrize('kernel', ['relu', 'exact'])
+def test_a_matrix_of_fewer_keys_than_queries(kernel):
+    """Catches rows of zeros where attention itself refuses."""
+    with pytest.raises(BadInput, match='key has 5 tokens, fewer than the 7 of query; ca'):
+        favor.attention_matrix(K, Q, kernel=kernel, is_causal=True)
+
+
+@pytest.mark.parametrize('tokens', [16, 300])  # Of 300, exact attention goes by blocks.
+@pytest.mark.parametrize('masked', [False, True])
+@pytest.mark.parametrize('kernel', ['relu', 'exact'])
+def test_an_empty_batch(kernel, masked, tokens):
+    """As the last one of a pipeline may be. Catches a size that is worked out by dividing by 0."""
+    x = jnp.zeros((0, tokens, 4, 8))
+    mask = np.tri(tokens, dtype=bool) if masked else None
+    assert favor.favor_attention(x, x, x, kernel=kernel, mask=mask).shape == x.shape
+
+
+def test_large_float16_with_an_a_of_its_own():
+    """Catches an A beyond float16's largest number, which made every output NaN."""
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(2000 * rng.normal(size=(1, 8, 2, 64)), jnp.float16)
+    matrix = projections.draw(0, 0, 0, 16, 64, 'orthogonal')
+    out = favor.favor_attention(x, x, x / 1000, kernel='softmax_optimal', projection=matrix)
+    assert np.all(np.isfinite(np.asarray(out, np.float32)))
+
+
+def test_an_attention_fn_hides_later_keys_from_a():
+    """Catches 'softmax_optimal' let through where the numbers of queries and keys differ."""
+    attend = favor.make_attention_fn('softmax_optimal', num_features=8)
+    for query in (K, Q):
+        with pytest.raises(BadInput, match="'softmax_optimal' and is_causal is True"):
+            attend(query, K, V, is_causal=True)
 
 
 def test_bad_pieces_of_a_generation():

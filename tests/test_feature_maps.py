@@ -566,7 +566,7 @@ def test_finite_forward_and_backward_at_1e3(name, dtype):
 def test_exponential_leaves_room_for_the_normaliser():
     """Over 100,000 keys the square of the normaliser, and its inverse, stay normal in float32.
 
-    The quotient's gradient divides by that square. Catches a larger clamp.
+    The gradient of a plain quotient divides by that square. Catches a larger clamp.
     """
     ends = np.float32([[-1e3], [1e3]])
     features = np.asarray(jax.jit(feature_maps.exp)(ends), np.float64)

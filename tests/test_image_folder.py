@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
-from performer_vit import datasets, image_folder, train, workdir
+from performer_vit import datasets, evaluate, image_folder, train, workdir
 from performer_vit.errors import BadInput
 from tests.conftest import make_tiny_config
 
@@ -267,8 +267,11 @@ def test_what_the_system_refuses_is_named(folder, monkeypatch):
         image_folder.read(folder, 4096)
 
 
-def test_a_folder_trains(folder, tmp_path_factory):
-    """By the same command as any other data set, and with images of another size."""
+def test_a_folder_trains(folder, tmp_path_factory, capsys):
+    """By the same command as any other data set, and with images of another size.
+
+    Catches results that are shown as those of images that the run has not seen.
+    """
     config = make_tiny_config()
     config.dataset.update(name='folder', data_dir=str(folder), image_size=16)
     config.dataset.validation_fraction = 0.25
@@ -279,6 +282,15 @@ def test_a_folder_trains(folder, tmp_path_factory):
     results = train.train(config, directory)
     assert results['dataset'] == 'folder' and results['num_tokens'] == 4
     assert results['history'][0]['step'] == 1 and 0 <= results['test_accuracy'] <= 1
+    data = datasets.fingerprints(datasets.load(**config.dataset))
+    assert evaluate.evaluate_run(directory)['evaluation_images'] == data['test images']
+    assert 'other data' not in capsys.readouterr().out
+    for split in ('train', 'test'):
+        Image.fromarray(PIXELS[0]).save(folder / split / 'cat' / '0.png')
+    with pytest.raises(BadInput, match=r'of other data:\n  data_read\.(test|training) images: '):
+        train.train(config, directory)
+    evaluate.evaluate_run(directory)
+    assert 'These are other data than those of the training:' in capsys.readouterr().out
     # Tested again once the images are gone, the run says where it looks for them.
     (folder / 'train').rename(folder / 'moved')
     with pytest.raises(BadInput, match=f'{folder}/train is not a directory'):

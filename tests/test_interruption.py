@@ -61,11 +61,11 @@ def test_a_series_ends_with_the_run_that_was_asked():
             os.kill(os.getpid(), signal.SIGTERM)
             raise ZeroDivisionError
     with pytest.raises(interruption.Interrupted, match='no other one begins'):
-        interruption.end_series(asked.value)
+        interruption.end_series(interruption.was_asked(asked.value))
     with pytest.raises(ZeroDivisionError) as unasked:
         with interruption.deferred():
             raise ZeroDivisionError
-    interruption.end_series(unasked.value)
+    interruption.end_series(interruption.was_asked(unasked.value))
 
 
 def test_an_ignored_signal_stays_ignored():

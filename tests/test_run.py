@@ -92,6 +92,7 @@ MISTAKES = [
         ('--mode=compare', '--config=configs/comparisons/kernels.py', '--config.seed=5'),
         '--config.seed does nothing in --mode=compare',
     ),
+    (('--mode=compare', '--config=configs/vit.py', '--config.seed=5'), 'a section `compare`'),
     (
         ('--mode=crossval', '--config=configs/vit.py', '--config.dataset.fallback=digits'),
         '--mode=crossval never goes on with other data',

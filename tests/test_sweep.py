@@ -365,8 +365,8 @@ def test_another_directory_of_the_same_path(tmp_path):
     storage = f'sqlite:///{tmp_path}/shared.sqlite3'
     workdir_here = tmp_path / 'sweep'
     workdir_here.mkdir()
-    trials.Trials(workdir_here, storage, 'none', {})
-    trials.Trials(workdir_here, storage, 'none', {})
+    for _ in range(2):
+        trials.Trials(workdir_here, storage, 'none', {})
     workdir_here.rename(tmp_path / 'there')
     workdir_here.mkdir()
     with pytest.raises(BadInput, match=r'began in another directory of that path.*locks'):
@@ -647,6 +647,8 @@ def test_a_password_is_written_nowhere(tmp_path, trainer, monkeypatch):
     written = [path.read_bytes() for path in tmp_path.rglob('*') if path.is_file()]
     assert sum(b'me:***@host' in text for text in written) >= 2
     assert not any(b'secret' in text for text in written)
+    assert workdir.other_data(tmp_path, datasets.fingerprints(data_of(1000, 100))) == []
+    assert workdir.other_data(tmp_path, datasets.fingerprints(data_of(1000, 99)))
     assert workdir.run_name('configs/sweeps/vit.py', '', {'sweep.storage': url}) == 'vit'
     with pytest.raises(BadInput, match=r'sweep\.storage is not the URL of a database') as error:
         sweep.sweep(config_of(storage='me:secret@host'), tmp_path / 'new')

@@ -215,6 +215,19 @@ def test_another_run_in_the_place_of_a_later_one(tiny_config, tmp_path, trained)
     assert not trained
 
 
+def test_other_images_in_the_place_of_those_of_a_run(tiny_config, tmp_path, trained):
+    """Catches a table of two folders' images."""
+    theirs = tiny_config.copy_and_resolve_references()
+    theirs.update(seed=1)
+    theirs.dataset.fallback = 'none'
+    data = datasets.fingerprints(datasets.load(**theirs.dataset))
+    data['test images'] = '360, of digest 0123456789abcdef'
+    workdir.claim(tmp_path / 'relu' / 'seed_1', workdir.definition(theirs.to_dict(), data))
+    with pytest.raises(BadInput, match=r'data_read\.test images: .*0123456789abcdef. there'):
+        variants.compare(compare_config(tiny_config), tmp_path)
+    assert not trained
+
+
 @pytest.mark.slow
 def test_three_kernels_with_two_seeds_on_the_digits(tiny_config, tmp_path, monkeypatch):
     """For real, twice: the second time nothing is trained, and a changed config is refused."""

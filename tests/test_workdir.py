@@ -60,6 +60,22 @@ def test_other_images_in_a_place_of_the_same_name_are_another_run(tmp_path):
         workdir.claim(tmp_path, workdir.definition(CONFIG, other))
 
 
+def test_a_run_of_an_earlier_version_goes_on(tmp_path):
+    """Its config.json says nothing of its images."""
+    workdir.claim(tmp_path, run(CONFIG))
+    data = {'name': 'digits', 'training images': '9, of digest a'}
+    workdir.claim(tmp_path, workdir.definition(CONFIG, data))
+    assert workdir.other_data(tmp_path, data) == []
+
+
+def test_of_long_lists_the_first_difference_is_shown():
+    """Catches a message that is two lists of a thousand names."""
+    ours = [f'class {number}' for number in range(1000)]
+    theirs = [*ours[:700], 'another', *ours[701:]]
+    (line,) = workdir.differences({'names': theirs}, {'names': ours})
+    assert line == "  names, number 701: 'another' there, 'class 700' here"
+
+
 def test_another_config_is_refused_with_the_difference(tmp_path):
     """Catches a run that goes on from the checkpoints of another one."""
     workdir.claim(tmp_path, run(CONFIG))
