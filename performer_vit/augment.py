@@ -5,13 +5,14 @@ image's position in the global batch and its index in the split alone, and image
 that lie on one device; so the result is the same however the batch is spread over devices.
 """
 
+import math
 from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
 
 from performer_vit.errors import BadInput, choose
-from performer_vit.randaugment import MAX_MAGNITUDE, randaugment
+from performer_vit.randaugment import MAX_MAGNITUDE, MOST_PIXELS, randaugment
 
 FLIPS = ('random', 'alternating', 'none')
 
@@ -55,6 +56,12 @@ def check(options, shape: tuple[int, int, int, int]) -> None:
     if options.randaugment_layers < 0:
         raise BadInput(
             f'augment.randaugment_layers is {options.randaugment_layers}; set it to 0 or more.'
+        )
+    if options.randaugment_layers and math.prod(sides) >= MOST_PIXELS:
+        raise BadInput(
+            f'augment.randaugment_layers is {options.randaugment_layers} and images have '
+            f'{sides[0]} × {sides[1]} pixels, of which its operations take less than '
+            f'{MOST_PIXELS:,}: set it to 0, or dataset.image_size lower.'
         )
     if not 0 <= options.randaugment_magnitude <= MAX_MAGNITUDE:
         raise BadInput(

@@ -393,6 +393,7 @@ def main(argv: list[str]) -> None:
             )
         _check_flags(argv[1])
         benchmark = BENCHMARKS[argv[1]]
+        environment.versions()  # Those that begin the benchmark.
         values = benchmark.run()
     except (BadInput, FloatingPointError) as error:
         fail(error)

@@ -3,6 +3,7 @@
 Every function here does the obvious thing where there is one process.
 """
 
+import collections
 import hashlib
 import itertools
 import json
@@ -35,8 +36,8 @@ def join(coordinator: str | None, num_processes: int | None, process_id: int | N
       process_id: this one's number, from 0 on.
 
     Raises:
-      BadInput: the arguments do not fit, what is missing cannot be detected, or the others do not
-        answer.
+      BadInput: the arguments do not fit, what is missing cannot be detected, the others do not
+        answer, or have another number of devices.
     """
     try:
         jax.distributed.initialize(
@@ -52,6 +53,14 @@ def join(coordinator: str | None, num_processes: int | None, process_id: int | N
             '--num_processes and --process_id, each process its own number from 0 on, or start the '
             'processes by a scheduler that JAX detects.'
         ) from error
+    counts = collections.Counter(device.process_index for device in jax.devices())
+    if len(set(counts.values())) > 1:
+        numbers = [counts[process] for process in sorted(counts)]
+        raise BadInput(
+            f'the processes have different numbers of devices, from process 0 on {numbers}: give '
+            'each as many, such as by CUDA_VISIBLE_DEVICES, or on CPUs by '
+            'XLA_FLAGS=--xla_force_host_platform_device_count=1.'
+        )
 
 
 def is_main() -> bool:

@@ -37,8 +37,9 @@ _STALL_SECONDS = 20.0
 # The digits have no test split of their own, so one is fixed here, once and for every seed.
 _DIGITS_TEST_FRACTION = 0.2
 _DIGITS_TEST_SEED = 0
-# Images per block when data are decoded or summed: keeps temporaries to a few MB.
+# Images per block when CIFAR is decoded: keeps temporaries to a few MB.
 _BLOCK = 500
+_BLOCK_NUMBERS = 2**21  # Per block when images of any size are summed: 8 MB of int32.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -366,8 +367,9 @@ def _statistics(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     # added up first, pixels last: long contiguous rows are several times as fast as rows of c.
     total = np.zeros(images.shape[1:], np.int64)
     squares = np.zeros(images.shape[1:], np.int64)
-    for start in range(0, len(images), _BLOCK):
-        pixels = images[start : start + _BLOCK].astype(np.int32)
+    block = max(1, _BLOCK_NUMBERS // total.size)
+    for start in range(0, len(images), block):
+        pixels = images[start : start + block].astype(np.int32)
         total += pixels.sum(axis=0)
         squares += (pixels * pixels).sum(axis=0)
     total, squares = total.sum(axis=(0, 1)), squares.sum(axis=(0, 1))

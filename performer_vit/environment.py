@@ -1,12 +1,14 @@
 """Which machine, which versions: what a published number must stand beside."""
 
+import functools
 import importlib.metadata
-import os
 import pathlib
 import platform
 import subprocess
 
 import jax
+
+from performer_vit import cpu_backend
 
 _CPUINFO = pathlib.Path('/proc/cpuinfo')
 
@@ -15,13 +17,13 @@ def device() -> str:
     """The devices in words, such as '8 × TPU v4' or 'cpu (AMD EPYC, family 26 model 2, 2 cores)'.
 
     Clouds give one name to processors of which one multiplies matrices twice as fast as another;
-    family and model tell these apart.
+    family and model tell these apart. Cores are those that this process may use.
     """
     devices = jax.devices()
     if devices[0].platform != 'cpu':
         return f'{len(devices)} × {devices[0].device_kind}'
     count = f', {len(devices)} devices' if len(devices) > 1 else ''
-    return f'cpu ({_processor()}, {os.cpu_count()} cores{count})'
+    return f'cpu ({_processor()}, {cpu_backend.num_cores()} cores{count})'
 
 
 def _processor() -> str:
@@ -40,11 +42,13 @@ def _processor() -> str:
     return f'{values["model name"]}, family {values["cpu family"]} model {values["model"]}'
 
 
+@functools.cache
 def versions() -> dict[str, str | None]:
     """Versions of Python, JAX, jaxlib, Flax and the project, and the project's git commit.
 
     `git_commit` ends in '+changes' where tracked files differ from the commit, and is None where
-    the package does not run from a git checkout.
+    the package does not run from a git checkout. It is that of the first call: who calls this early
+    hears later of the files that run, not of those that a long run finds at its end.
     """
     from performer_vit import __version__
 

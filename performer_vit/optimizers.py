@@ -13,8 +13,9 @@ SCHEDULES = ('cosine', 'linear', 'step')
 def learning_rate(optimizer, steps_per_epoch: int, num_epochs: int) -> optax.Schedule:
     """Learning rate as a function of the step: a linear warm-up, then a decay.
 
-    Warm-up takes `warmup_epochs` from 0 to `learning_rate`. 'cosine' then falls to 0 at the last
-    step: rate · (1 + cos(π t / T)) / 2 (Loshchilov & Hutter 2017); 'linear' as rate · (1 − t / T).
+    Warm-up takes `warmup_epochs` from 0 to `learning_rate`. 'cosine' then falls to what would
+    be 0 one step after the last, t = T: rate · (1 + cos(π t / T)) / 2 (Loshchilov & Hutter 2017);
+    'linear' as rate · (1 − t / T).
     'step' multiplies the rate by `decay_factor` every `decay_epochs`, counted from the start of
     training.
 

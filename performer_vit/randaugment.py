@@ -22,6 +22,7 @@ OPERATIONS = (
 )  # fmt: skip
 
 MAX_MAGNITUDE = 10  # The scale of magnitudes, of AutoAugment (Cubuk et al. 2019).
+MOST_PIXELS = 2**22  # Sums of grey levels of so many are still within int32.
 # What the largest magnitude does.
 _MAX_DEGREES = 30
 _MAX_SHEAR = 0.3
@@ -89,7 +90,7 @@ def apply(
     Args:
         operations: (B,) integers, indices into `OPERATIONS`.
         signs: (B,) float32, each 1 or -1; used by those operations that have an s above.
-        images: (B, h, w, c) uint8; h·w below 2**22.
+        images: (B, h, w, c) uint8; h·w below `MOST_PIXELS`.
         magnitude: M, from 0 to 10.
 
     Returns:

@@ -19,6 +19,7 @@ from performer_vit import (
     checkpoints,
     cluster,
     datasets,
+    environment,
     evaluate,
     fields,
     figures,
@@ -335,6 +336,7 @@ def _fit(
     on_epoch: Callable[[dict], None],
 ) -> dict:
     """The training itself, which `finish` ends: `_test` or `_score`."""
+    environment.versions()  # Those that begin the run.
     cluster.check_agreement(
         'their config',
         run_directory.flatten(config.to_dict()),

@@ -215,7 +215,10 @@ def make_diagnosis(
             *((f'the output of {name}', flag) for name, flag in zip(layers, finite, strict=True)),
             ('the loss', loss),
             *((f'the gradient of {name}', leaf) for name, leaf in gradients),
+            # Squares overflow from 2e19 on, where the gradients themselves do not.
+            ('the norm of the gradient, whose parts are finite', optax.global_norm(gradient)),
             *((f'the update of {name}', leaf) for name, leaf in _named(updates)),
+            ('the norm of the update, whose parts are finite', optax.global_norm(updates)),
         ]
         names['seen'] = [name for name, _ in seen]
         flags = jnp.stack([_is_finite(value) for _, value in seen])

@@ -429,11 +429,12 @@ class VisionTransformer(nn.Module):
         else:
             x = MapPool(self.num_heads, self.mlp_dim, self.dtype, name='pool')(x)
         self.sow('intermediates', 'pooled', x)
-        # Zero, so that the first loss is log K and no class is preferred at the start.
+        # Zero, so that the first loss is log K and no class is preferred at the start. In float32:
+        # logits of bfloat16 have three digits, and classes that tie.
         head = nn.Dense(
-            self.num_classes, dtype=self.dtype, kernel_init=nn.initializers.zeros, name='head'
+            self.num_classes, dtype=jnp.float32, kernel_init=nn.initializers.zeros, name='head'
         )
-        return head(x).astype(jnp.float32)
+        return head(x)
 
     def _check(self, shape: tuple[int, ...]) -> None:
         choose('model.stem', self.stem, STEMS)

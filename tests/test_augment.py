@@ -377,6 +377,12 @@ def test_impossible_options_are_refused(changes, batch, says):
         _augment(jax.random.key(0), _noise((batch, 8, 9, 3)), **changes)
 
 
+def test_images_too_large_for_sums_are_refused():
+    """Would catch a contrast that blends with a mean that has overflowed."""
+    with pytest.raises(BadInput, match=r'layers is 1 and images have 2048 × 2048 pixels'):
+        augment.check(_options(randaugment_layers=1), (4, 2048, 2048, 3))
+
+
 @pytest.mark.parametrize('alpha', [1e-6, 1e6])
 def test_shares_of_the_most_extreme_parameters_are_numbers(alpha):
     """Would catch shares of 0/0 or ∞/∞ where draws of the Beta distribution leave float32."""

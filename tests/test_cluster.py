@@ -198,6 +198,18 @@ def test_processes_that_differ_all_end_and_say_how(tmp_path):
 
 
 @pytest.mark.slow
+def test_processes_of_unlike_devices_all_end_and_say_so(tmp_path):
+    """Catches a traceback of a reshape: shares of a batch are those of as many devices each."""
+    flag = '--xla_force_host_platform_device_count'
+    together = Processes(2, tmp_path / 'run', before=lambda i: ('env', f'XLA_FLAGS={flag}={i + 1}'))
+    assert together.codes() == [2, 2]
+    for i in range(2):
+        last = together.said(i).splitlines()[-1]
+        assert 'different numbers of devices, from process 0 on [1, 2]: give each' in last, last
+    assert not (tmp_path / 'run').exists()
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize('wrong', [0, 1])
 @pytest.mark.parametrize(
     'flags, reason',

@@ -624,8 +624,10 @@ def test_split_is_a_pure_function_of_the_seed():
     assert chosen[0] == chosen[1] != chosen[2]
 
 
-def test_statistics_are_those_of_the_training_part():
-    """Would catch statistics that see the validation part, or sums that overflow."""
+@pytest.mark.parametrize('numbers', [1, 10**4, 10**9])  # Of a block: an image, some, all.
+def test_statistics_are_those_of_the_training_part(monkeypatch, numbers):
+    """Would catch statistics that see the validation part, sums that overflow, a lost block."""
+    monkeypatch.setattr(datasets, '_BLOCK_NUMBERS', numbers)
     read = _own(count=250)
     pixels = read.train.images.astype(np.float64) / 255
     np.testing.assert_allclose(read.mean, pixels.mean((0, 1, 2)), rtol=1e-6)

@@ -4,7 +4,7 @@ import platform
 
 import pytest
 
-from performer_vit import environment
+from performer_vit import cpu_backend, environment
 
 CPUINFO = """processor\t: 0
 vendor_id\t: AuthenticAMD
@@ -43,3 +43,16 @@ def test_a_processor_without_a_name(tmp_path, monkeypatch, text):
     monkeypatch.setattr(environment, '_CPUINFO', tmp_path / 'cpuinfo')
     monkeypatch.setattr(platform, 'processor', lambda: '')
     assert f'cpu ({platform.machine()}, ' in environment.device()
+
+
+def test_cores_are_those_that_may_be_used(monkeypatch):
+    """Catches the speed of one core that is published as that of two."""
+    monkeypatch.setattr(cpu_backend, 'num_cores', lambda: 1)
+    assert ', 1 cores' in environment.device()
+
+
+def test_the_commit_is_that_of_the_beginning(monkeypatch):
+    """Catches a run that names a commit that was made while it ran."""
+    first = environment.versions()
+    monkeypatch.setattr(environment, '_git_commit', lambda: 'a later one')
+    assert environment.versions() == first

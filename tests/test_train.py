@@ -576,6 +576,23 @@ def test_a_gradient_that_is_not_finite_is_named(tiny_config, monkeypatch):
     assert said.startswith('first in the gradient of encoder_0/mlp_norm/')
 
 
+def test_a_norm_that_is_not_finite_is_named(tiny_config, monkeypatch):
+    """Of gradients that are finite, but whose squares overflow.
+
+    Catches a step that was dropped, of which it is said that nothing is wrong with it.
+    """
+    original = train.train_step._loss
+
+    def scaled(*arguments):
+        loss, rest = original(*arguments)
+        return loss * 1e25, rest
+
+    monkeypatch.setattr(train.train_step, '_loss', scaled)
+    training = train.prepare(tiny_config, digits())
+    said = diagnosis(training, training.state, first_batch(tiny_config))
+    assert said == 'first in the norm of the gradient, whose parts are finite'
+
+
 def test_nothing_wrong_is_said_so(tiny_config):
     training = train.prepare(tiny_config, digits())
     said = diagnosis(training, training.state, first_batch(tiny_config))

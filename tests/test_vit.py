@@ -149,6 +149,7 @@ def test_bfloat16_computes_in_bfloat16_on_float32_weights(stem, kernel):
     assert {x.dtype for x in jax.tree.leaves(variables)} == {jnp.dtype('float32')}
     logits, seen = low.apply(variables, IMAGES, mutable=['intermediates'])
     assert logits.dtype == jnp.float32
+    assert not jnp.any(logits == logits.astype(jnp.bfloat16))  # Which would tie.
     for name in ('grid', 'block_1'):
         assert seen['intermediates'][name][0].dtype == jnp.bfloat16
     full = model.apply(variables, IMAGES)
