@@ -236,10 +236,15 @@ def fingerprints(dataset: Dataset) -> dict[str, object]:
     prints = {'name': dataset.name, 'class names': list(dataset.class_names)}
     for name, split in splits.items():
         if split is not None:
-            digest = hashlib.blake2b(np.ascontiguousarray(split.images), digest_size=8)
-            digest.update(np.ascontiguousarray(split.labels))
-            prints[f'{name} images'] = f'{len(split)}, of digest {digest.hexdigest()}'
+            prints[f'{name} images'] = fingerprint(split)
     return prints
+
+
+def fingerprint(split: Split) -> str:
+    """The number and the digest of a split's images and labels."""
+    digest = hashlib.blake2b(np.ascontiguousarray(split.images), digest_size=8)
+    digest.update(np.ascontiguousarray(split.labels))
+    return f'{len(split)}, of digest {digest.hexdigest()}'
 
 
 def _check_split(validation_fraction: float, split_seed: int, num_folds: int, fold: int) -> None:

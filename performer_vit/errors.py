@@ -4,6 +4,8 @@ import itertools
 import textwrap
 from collections.abc import Iterable
 
+LONGEST = 200  # Characters of a value in a message.
+
 
 class BadInput(ValueError):
     """The user's input cannot be honoured.
@@ -26,7 +28,7 @@ def shown(value: object) -> str:
         text = repr(value)
     except ValueError:  # Python does not write out integers of thousands of digits.
         return f'a large {type(value).__name__}'
-    return text if len(text) <= 200 else f'{text[:197]} …'
+    return text if len(text) <= LONGEST else f'{text[: LONGEST - 3]} …'
 
 
 def first_difference(name: str, ours: object, theirs: object) -> tuple[str, object, object]:

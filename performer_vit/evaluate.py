@@ -576,7 +576,7 @@ def evaluate_run(workdir: str | os.PathLike) -> dict:
         inference_seconds=seconds,
         evaluation_device=environment.device(),
         evaluation_versions=environment.versions(),
-        evaluation_images=datasets.fingerprints(dataset)['test images'],
+        evaluation_images=datasets.fingerprint(dataset.test),
     )
     results = write_report(
         workdir, results, log_probabilities, dataset.test.labels, dataset.class_names, learnt

@@ -634,11 +634,10 @@ def make_attention_fn(
             'mask': mask,
             'temperature': temperature,
         }
-        if is_causal:
-            _refuse_causal(kernel)
         if is_causal and query.shape[-3] == key.shape[-3]:
             weights['is_causal'] = True
         elif is_causal:
+            _refuse_causal(kernel)  # Of a mask it would not be known.
             # Flax aligns the first query with the first key, not the last with the last.
             causal = jnp.tri(query.shape[-3], key.shape[-3], dtype=bool)
             weights['mask'] = causal if mask is None else causal & mask

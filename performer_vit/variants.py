@@ -15,7 +15,6 @@ from performer_vit import (
     comparison,
     crossval,
     datasets,
-    fields,
     figures,
     interruption,
     progress,
@@ -24,6 +23,7 @@ from performer_vit import (
 )
 from performer_vit import workdir as run_directory
 from performer_vit.errors import BadInput
+from performer_vit.fields import OF_THE_TEST
 
 # Fields that decide which images score a run.
 _SCORED = {
@@ -35,7 +35,7 @@ _SCORED = {
 }  # fmt: skip
 # What variants are compared by, and fields that change nothing of it.
 _QUANTITIES = {'compare': 'test_accuracy', 'ablate': 'validation_accuracy'}
-_IDLE = {'compare': ('flip_averaging',), 'ablate': fields.OF_THE_TEST}
+_IDLE = {'compare': ('flip_averaging',), 'ablate': OF_THE_TEST}
 
 
 def compare(config, workdir: str | os.PathLike | None = None, run_name: str = 'run') -> dict:

@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 
 from performer_vit import files, locks
 from performer_vit.datasets import DATASETS
-from performer_vit.errors import BadInput, first_difference, one_line, shown
+from performer_vit.errors import LONGEST, BadInput, first_difference, one_line, shown
 
 HISTORY_COLUMNS = (
     'dataset', 'epoch', 'step', 'train_loss', 'train_accuracy', 'validation_loss',
@@ -35,9 +35,6 @@ _FREE = (*_WHEREABOUTS, 'sweep.num_trials', 'sweep.minutes')
 _UNNAMED = (
     *_FREE, 'dataset.name', 'sweep.storage', 'compare.seeds', 'compare.baseline', 'ablate.seeds',
 )  # fmt: skip
-
-
-_LONG = 200  # Characters of a value, of which messages show no more.
 
 
 class _Absent:
@@ -326,7 +323,7 @@ def differences(theirs: Mapping, ours: Mapping) -> list[str]:
         their, our = (values.get(field, _ABSENT) for values in (theirs, ours))
         is_unread = field.startswith(f'{_DATA}.') and _ABSENT in (their, our)
         if field not in _FREE and their != our and not is_unread:
-            if max(len(repr(their)), len(repr(our))) > _LONG:
+            if max(len(repr(their)), len(repr(our))) > LONGEST:
                 field, their, our = first_difference(field, their, our)
             lines.append(f'  {field}: {shown(their)} there, {shown(our)} here')
     return lines
