@@ -107,10 +107,10 @@ def favor_attention(
 
     A mask whose query and head axes are 1 (or left out) hides keys from everyone, as padding needs:
     it keeps the linear time and memory, and what the hidden positions hold, NaN included, has no
-    effect. `is_causal` and `segment_ids` keep them too, but hide no NaN: a weight of 0 times NaN is
-    NaN. A mask with a query or head axis of its own has no
-    such form: it is applied exactly to the N×M matrix, at O(N·M) memory, which such a mask costs by
-    itself.
+    effect (but as queries of 'softmax_optimal', whose A they enter). `is_causal` and `segment_ids`
+    keep them too, but hide no NaN: a weight of 0 times NaN is NaN. A mask with a query or head axis
+    of its own has no such form: it is applied exactly to the N×M matrix, at O(N·M) memory, which
+    such a mask costs by itself.
 
     Features of softmax estimators leave float32's range; `linear_attention` says how they are
     stabilised without changing the quotient. Features, sums and normaliser are in float32 whatever
@@ -670,10 +670,13 @@ def _prepare(
         return query, key, options
     if is_causal:
         _refuse_causal(kernel)
+    # A travels in both, and must be one number there.
+    query, key = promote_dtype(query, key)
     groups, copies = key.shape[-2], query.shape[-2] // key.shape[-2]
     # The query heads of a group share the key head's features, and so its A.
     grouped = query.reshape(*query.shape[:-2], groups, copies, query.shape[-1])
-    grouped = jnp.moveaxis(grouped, -2, -4).reshape(*query.shape[:-3], -1, groups, query.shape[-1])
+    grouped = jnp.moveaxis(grouped, -2, -4)
+    grouped = jax.lax.collapse(grouped, grouped.ndim - 4, grouped.ndim - 2)
     mean = feature_maps.mean_square_sum(
         grouped, key, key_mask, temperature=temperature, axis_name=axis_name
     )
@@ -681,7 +684,7 @@ def _prepare(
     # function.
     a = jax.lax.stop_gradient(feature_maps.optimal_a(mean, query.shape[-1]))
     # Of float16, -A may be beyond the largest number; any A ≤ 0 is unbiased.
-    a = jnp.maximum(a, jnp.finfo(jnp.result_type(query, key)).min)
+    a = jnp.maximum(a, jnp.finfo(query.dtype).min)
     # It travels as one more coordinate, because maps see one block of tokens at a time.
     query, key = (
         jnp.concatenate([x, jnp.broadcast_to(a, (*x.shape[:-1], 1)).astype(x.dtype)], axis=-1)

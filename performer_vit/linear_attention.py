@@ -181,9 +181,9 @@ def causal_linear_attention(
 
     For `LogFeatures` within a chunk, a key and a query are divided by the largest of their own
     features; a product of the rest below `SMALLEST` counts as that (as itself for signed features).
-    With 256 softmax features of D = 64 none is that small for |q| = |k| up to about 50. Where
-    k = -q that begins at about 30, and from 40 on it is so for half of the draws of W: weights
-    among such keys are then too even.
+    With 256 softmax features of D = 64, q and k of unrelated directions have none that small up to
+    |q| = |k| of about 50. Where k = -q that begins at about 30, and from 40 on it is so for half of
+    the draws of W: weights among such keys are then too even.
 
     Args:
       query, key, value, feature_map, key_feature_map, key_mask, signed: see `linear_attention`;
@@ -790,7 +790,7 @@ def _attend_in_chunks(
         )
         return _join(output, num_tokens), carry[0]
 
-    state = varying_like(state, inputs.query, inputs.key, inputs.value, key_mask)
+    state = varying_like(state, inputs.query, inputs.key, inputs.value, key_mask, runs)
     arrays = (state, inputs.query, inputs.key, inputs.value, key_mask, runs)
     if plan.group != inputs.query.shape[0] and not looped:
         attend = _recomputed(attend)

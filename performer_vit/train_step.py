@@ -175,7 +175,8 @@ def make_diagnosis(
     The returned function takes the replicated state that the step began with and the step's batch,
     as `pmap` does, does the step again while it looks at everything on the way, and says in words
     what the first thing is that is not finite on some device: in the order of the computation, a
-    weight, the images, the output of a layer, the loss, the gradient of a weight, its update.
+    weight, the images, the output of a layer, the loss, the gradient of a weight, the norm of them
+    all, the update of a weight, the norm of them all.
     """
     draw = functools.partial(_inputs, config, dataset, steps_per_epoch)
     loss_of = functools.partial(_loss, model.clone(axis_name='batch'))

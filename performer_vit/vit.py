@@ -335,7 +335,7 @@ class VisionTransformer(nn.Module):
       conv_norm: 'batch' or 'layer', in the 'conv' stem and in 'conv' pooling; others have none.
       dropout_rate: after the position embedding, and in every block.
       drop_path_rate: stochastic depth of the last block; it grows linearly from 0 at the first.
-      dtype: of the computation, float32 or bfloat16; parameters are float32 always.
+      dtype: of the computation, float32 or bfloat16; parameters and logits are float32 always.
       axis_name: the axis that training is mapped over (`jax.pmap`), if any: conv_norm 'batch' has
         the statistics of all its devices.
 

@@ -1360,21 +1360,34 @@ def test_a_matrix_of_fewer_keys_than_queries(kernel):
 
 @pytest.mark.parametrize('tokens', [16, 300])  # Of 300, exact attention goes by blocks.
 @pytest.mark.parametrize('masked', [False, True])
-@pytest.mark.parametrize('kernel', ['relu', 'exact'])
+@pytest.mark.parametrize('kernel', KERNELS)
 def test_an_empty_batch(kernel, masked, tokens):
     """As the last one of a pipeline may be. Catches a size that is worked out by dividing by 0."""
-    x = jnp.zeros((0, tokens, 4, 8))
+    x = jnp.zeros((0, tokens, H, D))
     mask = np.tri(tokens, dtype=bool) if masked else None
-    assert favor.favor_attention(x, x, x, kernel=kernel, mask=mask).shape == x.shape
+    assert favor.favor_attention(x, x, x, mask=mask, **weights(kernel)).shape == x.shape
 
 
-def test_large_float16_with_an_a_of_its_own():
+@pytest.mark.parametrize('key_dtype', [jnp.float16, jnp.bfloat16, jnp.float32])
+def test_large_float16_with_an_a_of_its_own(key_dtype):
     """Catches an A beyond float16's largest number, which made every output NaN."""
     rng = np.random.default_rng(0)
     x = jnp.asarray(2000 * rng.normal(size=(1, 8, 2, 64)), jnp.float16)
     matrix = projections.draw(0, 0, 0, 16, 64, 'orthogonal')
-    out = favor.favor_attention(x, x, x / 1000, kernel='softmax_optimal', projection=matrix)
-    assert np.all(np.isfinite(np.asarray(out, np.float32)))
+    out = favor.favor_attention(
+        x, x.astype(key_dtype), x / 1000, kernel='softmax_optimal', projection=matrix
+    )
+    assert out.dtype == jnp.float16 and np.all(np.isfinite(np.asarray(out, np.float32)))
+
+
+def test_one_a_for_queries_and_keys_of_unlike_dtypes():
+    """Catches an A that bfloat16 rounds for the queries alone, which is no estimate of softmax."""
+    given = weights('softmax_optimal')
+    query, key, value = (jnp.asarray(x) for x in inputs((2,), M))
+    query = query.astype(jnp.bfloat16)
+    out = favor.favor_attention(query, key, value, **given)
+    expected = favor.favor_attention(query.astype(jnp.float32), key, value, **given)
+    np.testing.assert_array_equal(out, expected)
 
 
 def test_an_attention_fn_hides_later_keys_from_a():

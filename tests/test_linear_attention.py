@@ -609,7 +609,10 @@ def test_splitting_over_devices(how, form, kind):
 
 @pytest.mark.parametrize('form', ['causal', 'prefix', 'segments', 'states'])
 def test_whole_sequences_on_each_device(form):
-    """Loops under `shard_map`: catches a carry that starts out alike on every device."""
+    """Loops under `shard_map`: catches a carry that starts out alike on every device.
+
+    Also where only the segments differ between devices.
+    """
     kind = 'log_positive'
     query, key, value = inputs((4,))
     segment_ids = np.arange(11) // 4
@@ -631,6 +634,24 @@ def test_whole_sequences_on_each_device(form):
     expected = quadratic(kind, *float64(query, key, value), mask)
     start = {'prefix': 7, 'states': 5}.get(form, 0)
     assert_close(output[:, -(11 - start) :], expected[:, start:])
+
+
+@pytest.mark.parametrize('causal', [False, True])
+def test_segments_of_each_device(causal):
+    """Tokens that all devices have, in runs that only one has: the carry differs nevertheless."""
+    kind = 'log_positive'
+    arrays = inputs((1,))
+    segment_ids = np.arange(11) // np.array([[2], [3], [4], [11]])
+    attend = la.causal_linear_attention if causal else la.linear_attention
+
+    def of_one(ids):
+        return attend(*arrays, segment_ids=ids, **options(kind), block_size=3)
+
+    mesh = jax.make_mesh((4,), ('batch',), axis_types=(jax.sharding.AxisType.Auto,))
+    split = jax.shard_map(of_one, mesh=mesh, in_specs=jax.P('batch'), out_specs=jax.P('batch'))
+    for ids, output in zip(segment_ids, jax.jit(split)(segment_ids), strict=True):
+        expected = quadratic(kind, *float64(*arrays), pairs(11, 11, None, ids, causal))
+        assert_close(output[None], expected)
 
 
 # Derivatives.
