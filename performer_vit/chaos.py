@@ -437,6 +437,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument('--jobs', type=int, default=2, help='trainings at a time')
     parser.add_argument('--seed', type=int, default=0, help='of the random moments')
     given = parser.parse_args(arguments)
+    versions = environment.versions()  # Those that begin.
     directory = pathlib.Path(given.workdir).absolute()
     if given.kills < 1 or given.jobs < 1:
         parser.error('--kills and --jobs are 1 or more')
@@ -486,7 +487,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         ],
         'seed': given.seed,
         'device': environment.device(),
-        'versions': environment.versions(),
+        'versions': versions,
     }
     run_directory.write_json(directory / 'chaos.json', outcome)
     print(table(outcome))

@@ -1,6 +1,5 @@
 """Cross-validation: each fold of the training set held out once, and scored by a run of its own."""
 
-import dataclasses
 import os
 import pathlib
 import time
@@ -95,7 +94,7 @@ def fold_config(config, fold: int):
 
 def load_fold(config) -> datasets.Dataset:
     """The data of a config without the test split, which is not for choosing among models."""
-    return dataclasses.replace(datasets.load(**config.dataset), test=None)
+    return datasets.load(**config.dataset, read_test=False)
 
 
 def _report(
@@ -138,7 +137,7 @@ def _report(
             'learning_curves': learning_curves(results),
             'confusion_matrix': figures.confusion(confusion, class_names, title),
             'per_class_accuracy': figures.per_class(
-                np.array(per_class), class_names, title, colour=colour
+                np.array(per_class), class_names, title, split='validation', colour=colour
             ),
         },
         workdir,

@@ -40,6 +40,7 @@ _DIGITS_TEST_SEED = 0
 # Images per block when CIFAR is decoded: keeps temporaries to a few MB.
 _BLOCK = 500
 _BLOCK_NUMBERS = 2**21  # Per block when images of any size are summed: 8 MB of int32.
+_UNREAD = (None, None)  # The images and labels of a test set that is not read.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,6 +111,7 @@ def load(
     split_seed: int = 0,
     num_folds: int = 5,
     fold: int = -1,
+    read_test: bool = True,
     notify: Callable[[str], None] = _print_to_stderr,
 ) -> Dataset:
     """Reads a data set into memory and splits its training set.
@@ -138,6 +140,7 @@ def load(
         num_folds: so many parts of equal size, each stratified by class, if `fold` is one of them.
         fold: from 0 on: this part of the training set is held out, whatever `validation_fraction`
             is; -1: none.
+        read_test: whether the test set is read, or left alone and None.
         notify: gets the notice of the fallback, a text of several lines.
 
     Returns:
@@ -159,22 +162,23 @@ def load(
     }
     _check_split(**held_out)
     if name == 'folder':
-        return _folder(data_dir, image_size, held_out)
+        return _folder(data_dir, image_size, read_test, held_out)
     if image_size != _SIZE:
         raise BadInput(
             f'dataset.image_size is {image_size}; images of {name} have {_SIZE}×{_SIZE} pixels: '
             f"set it to {_SIZE}. Only those of 'folder' are scaled."
         )
     if name == 'digits':
-        return _digits(held_out)
+        return _digits(read_test, held_out)
     try:
-        class_names, train, test = _read_prepared(name, _prepared_directory(name, data_dir))
+        directory = _prepared_directory(name, data_dir)
+        class_names, train, test = _read_prepared(name, directory, read_test)
     except _Unavailable as reason:
         sentence = _missing(name, reason)
         if fallback == 'none' or _named_directory(data_dir):
             raise BadInput(sentence) from None
         notify(_notice(sentence))
-        return _digits(held_out)
+        return _digits(read_test, held_out)
     return from_arrays(name, class_names, *train, *test, flip=True, **held_out)
 
 
@@ -183,8 +187,8 @@ def from_arrays(
     class_names: Sequence[str],
     train_images: np.ndarray,
     train_labels: np.ndarray,
-    test_images: np.ndarray,
-    test_labels: np.ndarray,
+    test_images: np.ndarray | None,
+    test_labels: np.ndarray | None,
     *,
     validation_fraction: float = 0.2,
     split_seed: int = 0,
@@ -199,7 +203,7 @@ def from_arrays(
         class_names: one name per class; label i means `class_names[i]`.
         train_images: (n, h, w, c) uint8.
         train_labels: (n,) integers from 0 to len(class_names) - 1.
-        test_images: (m, h, w, c) uint8.
+        test_images: (m, h, w, c) uint8; None where there is no test set.
         test_labels: (m,) integers, as `train_labels`.
         validation_fraction, split_seed, num_folds, fold: see `load`.
         flip: whether a mirrored image keeps its label.
@@ -216,8 +220,10 @@ def from_arrays(
     class_names = tuple(class_names)
     _check_split(validation_fraction, split_seed, num_folds, fold)
     full = _check('train', train_images, train_labels, len(class_names))
-    test = _check('test', test_images, test_labels, len(class_names))
-    if full.images.shape[1:] != test.images.shape[1:]:
+    test = None
+    if test_images is not None:
+        test = _check('test', test_images, test_labels, len(class_names))
+    if test is not None and full.images.shape[1:] != test.images.shape[1:]:
         raise BadInput(
             f'The train images have the shape {full.images.shape[1:]} and the test images '
             f'{test.images.shape[1:]}; both must be the same (h, w, c). Resize one of them.'
@@ -385,23 +391,27 @@ def _statistics(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return (mean / 255).astype(np.float32), (np.maximum(std, 1) / 255).astype(np.float32)
 
 
-def _folder(data_dir: str | os.PathLike | None, image_size: int, held_out: dict) -> Dataset:
+def _folder(
+    data_dir: str | os.PathLike | None, image_size: int, read_test: bool, held_out: dict
+) -> Dataset:
     if not data_dir:
         raise BadInput(
             "dataset.name is 'folder', and dataset.data_dir is empty: set it to the directory that "
             'holds train/CLASS/IMAGE and test/CLASS/IMAGE.'
         )
     try:
-        class_names, train, test = image_folder.read(_expanded(data_dir), image_size)
+        class_names, train, test = image_folder.read(
+            _expanded(data_dir), image_size, read_test=read_test
+        )
     except (OSError, RuntimeError) as error:  # The latter of links in a circle.
         raise BadInput(
             f'dataset.data_dir is {data_dir}, in which not all can be read ({one_line(error)}): '
             'repair it, change its permissions, or name another directory.'
         ) from error
-    return from_arrays('folder', class_names, *train, *test, flip=True, **held_out)
+    return from_arrays('folder', class_names, *train, *(test or _UNREAD), flip=True, **held_out)
 
 
-def _digits(held_out: dict) -> Dataset:
+def _digits(read_test: bool, held_out: dict) -> Dataset:
     """The 1,797 handwritten 8×8 digits embedded in scikit-learn, as 32×32×3.
 
     Source: Alpaydin and Kaynak, "Optical recognition of handwritten digits", UCI repository, 1998.
@@ -420,8 +430,7 @@ def _digits(held_out: dict) -> Dataset:
         class_names,
         train.images,
         train.labels,
-        test.images,
-        test.labels,
+        *((test.images, test.labels) if read_test else _UNREAD),
         flip=False,
         **held_out,
     )
@@ -598,7 +607,7 @@ def _import_tfds():
     return tfds
 
 
-def _read_prepared(name: str, directory: pathlib.Path):
+def _read_prepared(name: str, directory: pathlib.Path, read_test: bool):
     """(class names, (train images, labels), (test images, labels)) of a prepared directory."""
     tfds = _import_tfds()
     try:
@@ -614,7 +623,7 @@ def _read_prepared(name: str, directory: pathlib.Path):
         if shape != (_SIZE, _SIZE, 3):
             raise ValueError(f'images of the shape {shape}, where {name} has ({_SIZE}, {_SIZE}, 3)')
         train = _read_split(tfds, builder, 'train')
-        test = _read_split(tfds, builder, 'test')
+        test = _read_split(tfds, builder, 'test') if read_test else _UNREAD
     except MemoryError:
         raise
     except Exception as error:  # Whatever goes wrong while reading is the directory's fault.

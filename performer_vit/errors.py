@@ -7,6 +7,14 @@ from collections.abc import Iterable
 LONGEST = 200  # Characters of a value in a message.
 
 
+class _Absent:
+    def __repr__(self) -> str:
+        return 'absent'
+
+
+ABSENT = _Absent()  # In a message, what one side has and the other has not.
+
+
 class BadInput(ValueError):
     """The user's input cannot be honoured.
 
@@ -35,9 +43,11 @@ def first_difference(name: str, ours: object, theirs: object) -> tuple[str, obje
     """Two values that differ, to be shown under a name; of two lists, the first entry that does."""
     if not (isinstance(ours, list) and isinstance(theirs, list)):
         return name, ours, theirs
-    pairs = enumerate(itertools.zip_longest(ours, theirs))
-    place, (our, their) = next((place, pair) for place, pair in pairs if pair[0] != pair[1])
-    return f'{name}, number {place + 1}', our, their
+    pairs = enumerate(itertools.zip_longest(ours, theirs, fillvalue=ABSENT), start=1)
+    return next(
+        ((f'{name}, number {place}', *pair) for place, pair in pairs if pair[0] != pair[1]),
+        (name, ours, theirs),  # As 1 and 1.0, which JSON tells apart and Python does not.
+    )
 
 
 def unlike(unknown: Iterable[str], missing: Iterable[str]) -> str:

@@ -526,7 +526,10 @@ def restore_run(workdir: str | os.PathLike) -> Finished:
             '--mode=train; those of a comparison are in VARIANT/seed_S.'
         )
     dataset = datasets.load(**config.dataset)
-    if lines := run_directory.other_data(workdir, datasets.fingerprints(dataset)):
+    lines = run_directory.other_data(workdir, datasets.fingerprints(dataset))
+    if lines is None:
+        progress.say(dataset.name, 'Whether these were the data of the training is not on record.')
+    elif lines:
         progress.say(
             dataset.name, '\n'.join(['These are other data than those of the training:', *lines])
         )

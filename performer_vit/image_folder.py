@@ -21,9 +21,9 @@ _NAMED = 5  # So many of the files that cannot be used are named.
 
 
 def read(
-    directory: pathlib.Path, image_size: int
-) -> tuple[tuple[str, ...], tuple[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]:
-    """Both splits of a directory.
+    directory: pathlib.Path, image_size: int, *, read_test: bool = True
+) -> tuple[tuple[str, ...], tuple[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray] | None]:
+    """Both splits of a directory, or the training split alone.
 
     Each image is turned as its EXIF data say, scaled so that its shorter side is `image_size`, with
     Pillow's antialiased bilinear filter, and cut to the square in its middle. Grey, palette and
@@ -34,10 +34,11 @@ def read(
         directory: which holds `train` and `test`. Files in it that begin with a dot, and what does
             not end like an image, are no images.
         image_size: s, pixels along a side.
+        read_test: whether there is a test split to read.
 
     Returns:
         (class names in the order of the alphabet, (train images (n, s, s, 3) uint8, labels (n,)
-        int32), (test images, labels)), in the order of class and file name.
+        int32), (test images, labels) or None), in the order of class and file name.
 
     Raises:
         BadInput: no such directory; a split without classes; a class without images, or in one
@@ -46,9 +47,9 @@ def read(
             with their number.
     """
     root = directory.resolve()
-    found = {split: _classes(root, split) for split in ('train', 'test')}
+    found = {split: _classes(root, split) for split in ('train', 'test')[: 1 + read_test]}
     names = tuple(sorted(found['train']))
-    apart = sorted(set(names) ^ set(found['test']))
+    apart = sorted(set(names).symmetric_difference(found.get('test', names)))
     if apart:
         raise BadInput(
             f'{root} has {len(apart)} of its classes in one of train and test only, '
@@ -64,7 +65,7 @@ def read(
             f'{len(problems)} of the images in {root} cannot be used: {first}'
             f'{" …" if len(problems) > _NAMED else ""}. Repair or remove them.'
         )
-    return names, *splits
+    return names, splits[0], splits[1] if read_test else None
 
 
 def _classes(root: pathlib.Path, split: str) -> dict[str, list[pathlib.Path]]:

@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 
 from performer_vit import files, locks
 from performer_vit.datasets import DATASETS
-from performer_vit.errors import LONGEST, BadInput, first_difference, one_line, shown
+from performer_vit.errors import ABSENT, LONGEST, BadInput, first_difference, one_line, shown
 
 HISTORY_COLUMNS = (
     'dataset', 'epoch', 'step', 'train_loss', 'train_accuracy', 'validation_loss',
@@ -35,14 +35,6 @@ _FREE = (*_WHEREABOUTS, 'sweep.num_trials', 'sweep.minutes')
 _UNNAMED = (
     *_FREE, 'dataset.name', 'sweep.storage', 'compare.seeds', 'compare.baseline', 'ablate.seeds',
 )  # fmt: skip
-
-
-class _Absent:
-    def __repr__(self) -> str:
-        return 'absent'
-
-
-_ABSENT = _Absent()
 
 
 def write_text(path: str | os.PathLike, text: str) -> None:
@@ -320,8 +312,8 @@ def differences(theirs: Mapping, ours: Mapping) -> list[str]:
     theirs, ours = flatten(theirs), flatten(ours)
     lines = []
     for field in sorted(set(theirs) | set(ours)):
-        their, our = (values.get(field, _ABSENT) for values in (theirs, ours))
-        is_unread = field.startswith(f'{_DATA}.') and _ABSENT in (their, our)
+        their, our = (values.get(field, ABSENT) for values in (theirs, ours))
+        is_unread = field.startswith(f'{_DATA}.') and ABSENT in (their, our)
         if field not in _FREE and their != our and not is_unread:
             if max(len(repr(their)), len(repr(our))) > LONGEST:
                 field, their, our = first_difference(field, their, our)
@@ -329,13 +321,17 @@ def differences(theirs: Mapping, ours: Mapping) -> list[str]:
     return lines
 
 
-def other_data(workdir: str | os.PathLike, data: Mapping[str, object]) -> list[str]:
+def other_data(workdir: str | os.PathLike, data: Mapping[str, object]) -> list[str] | None:
     """A line for each thing in which data differ from those that the run in a directory has read.
+
+    None where the run, of an earlier version, does not say what data it has read.
 
     Args:
       workdir: of a run.
       data: from `datasets.fingerprints`.
     """
     values = read_json(pathlib.Path(workdir) / 'config.json')
-    read = {name: values[name] for name in ('dataset_read', _DATA) if name in values}
+    if _DATA not in values:
+        return None
+    read = {name: values[name] for name in ('dataset_read', _DATA)}
     return differences(read, definition({}, data))

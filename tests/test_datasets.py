@@ -251,6 +251,15 @@ def test_damaged_prepared_directory_is_refused(prepared, damage, names):
     assert 'truncated or corrupt' in message and 'prepare cifar10 with TFDS' in message
 
 
+def test_a_damaged_test_split_matters_to_who_reads_it(prepared):
+    """Catches a cross-validation that reads images which are to be seen once, at the end."""
+    _change_one_byte(prepared / 'cifar10' / '3.0.2')
+    dataset = datasets.load('cifar10', data_dir=prepared, read_test=False, notify=pytest.fail)
+    assert dataset.test is None and len(dataset.train) + len(dataset.validation) == 60
+    with pytest.raises(BadInput, match='cifar10-test.tfrecord'):
+        datasets.load('cifar10', data_dir=prepared, notify=pytest.fail)
+
+
 def test_fingerprints_tell_data_apart():
     """Catches processes that train on other pixels, labels, names or splits of one size."""
     base = _images(images=np.zeros((20, 4, 4, 3), np.uint8))

@@ -2,6 +2,7 @@
 
 import io
 import os
+import shutil
 import struct
 import zlib
 
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
-from performer_vit import datasets, evaluate, image_folder, train, workdir
+from performer_vit import crossval, datasets, evaluate, image_folder, train, workdir
 from performer_vit.errors import BadInput
 from tests.conftest import make_tiny_config
 
@@ -49,6 +50,20 @@ def test_order_labels_and_pixels(folder):
             for i in range(count)
         ]
         np.testing.assert_array_equal(array, expected)
+
+
+def test_what_chooses_among_models_needs_no_test_split(folder):
+    """Catches a fold, a trial or an ablation that reads the images it must not be judged by."""
+    config = make_tiny_config()
+    config.dataset.update(name='folder', data_dir=str(folder), image_size=32)
+    expected = datasets.load(**config.dataset)
+    shutil.rmtree(folder / 'test')
+    dataset = crossval.load_fold(config)
+    assert dataset.test is None and expected.test is not None
+    np.testing.assert_array_equal(dataset.train.images, expected.train.images)
+    np.testing.assert_array_equal(dataset.validation.labels, expected.validation.labels)
+    with pytest.raises(BadInput, match='test is not a directory'):
+        datasets.load(**config.dataset)
 
 
 def test_what_is_no_image_is_passed_over(folder):
@@ -285,12 +300,21 @@ def test_a_folder_trains(folder, tmp_path_factory, capsys):
     data = datasets.fingerprints(datasets.load(**config.dataset))
     assert evaluate.evaluate_run(directory)['evaluation_images'] == data['test images']
     assert 'other data' not in capsys.readouterr().out
-    for split in ('train', 'test'):
-        Image.fromarray(PIXELS[0]).save(folder / split / 'cat' / '0.png')
+    paths = [folder / split / 'cat' / '0.png' for split in ('train', 'test')]
+    originals = {path: path.read_bytes() for path in paths}
+    for path in paths:
+        Image.fromarray(PIXELS[0]).save(path)
     with pytest.raises(BadInput, match=r'of other data:\n  data_read\.(test|training) images: '):
         train.train(config, directory)
     evaluate.evaluate_run(directory)
     assert 'These are other data than those of the training:' in capsys.readouterr().out
+    # With the images of the training back in their place, the results are not theirs.
+    for path, original in originals.items():
+        path.write_bytes(original)
+    with pytest.raises(BadInput, match='was tested again, on other images .*--mode=evaluate'):
+        train.train(config, directory)
+    evaluate.evaluate_run(directory)
+    assert train.train(config, directory)['evaluation_images'] == data['test images']
     # Tested again once the images are gone, the run says where it looks for them.
     (folder / 'train').rename(folder / 'moved')
     with pytest.raises(BadInput, match=f'{folder}/train is not a directory'):

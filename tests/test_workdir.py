@@ -6,7 +6,7 @@ import pickle
 import numpy as np
 import pytest
 
-from performer_vit import workdir
+from performer_vit import errors, workdir
 from performer_vit.errors import BadInput
 
 ROW = {
@@ -65,7 +65,7 @@ def test_a_run_of_an_earlier_version_goes_on(tmp_path):
     workdir.claim(tmp_path, run(CONFIG))
     data = {'name': 'digits', 'training images': '9, of digest a'}
     workdir.claim(tmp_path, workdir.definition(CONFIG, data))
-    assert workdir.other_data(tmp_path, data) == []
+    assert workdir.other_data(tmp_path, data) is None
 
 
 def test_of_long_lists_the_first_difference_is_shown():
@@ -74,6 +74,9 @@ def test_of_long_lists_the_first_difference_is_shown():
     theirs = [*ours[:700], 'another', *ours[701:]]
     (line,) = workdir.differences({'names': theirs}, {'names': ours})
     assert line == "  names, number 701: 'another' there, 'class 700' here"
+    for name, their in [('names, number 1001', [*ours, None]), ('names', [*ours[:999], 1.0])]:
+        here = [*ours[:999], 1] if name == 'names' else ours
+        assert errors.first_difference(name.partition(',')[0], here, their)[0] == name
 
 
 def test_another_config_is_refused_with_the_difference(tmp_path):
