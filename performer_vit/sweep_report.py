@@ -52,6 +52,7 @@ def write(
         'mode': 'sweep',
         'dataset': dataset_name,
         'kernel': None if _KERNEL in rows[0]['params'] else base.model.attention.kernel,
+        'config': base.to_dict(),
         **section.to_dict(),
         'storage': without_password(section.storage),
         'best': best,
@@ -151,7 +152,9 @@ def draw(results: Mapping, trials: Sequence[FrozenTrial], workdir: pathlib.Path)
     dataset = figures.DATASET_NAMES.get(results['dataset'], results['dataset'])
     what = f'kernels on {dataset}' if results['kernel'] is None else figures.run_title(results)
     names = short_names([row[0] for row in results['space']])
-    drawn, lines = sweep_figures.draw(trials, names, f'{_count(len(trials), "trial")} of {what}')
+    title = f'{_count(len(trials), "trial")} of {what}'
+    colour = figures.MODEL_COLOURS.get(results['kernel'], figures.NEUTRAL)
+    drawn, lines = sweep_figures.draw(trials, names, title, colour)
     figures.save_all(drawn, workdir)
     return lines
 

@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import itertools
 import math
 import os
 import random
@@ -995,8 +996,15 @@ def test_tensorboard_compares_runs_by_their_last_numbers(tmp_path):
         assert session.get('test/accuracy') == (0.625 if number else None)
 
 
-@pytest.mark.parametrize('path', ['vit', 'performer_relu', 'recipe', 'grid'])
-@pytest.mark.parametrize('arguments', ['', 'cifar100', 'cifar10,study'])
+@pytest.mark.parametrize(
+    ('path', 'arguments'),
+    [
+        *itertools.product(
+            ['vit', 'performer_relu', 'recipe', 'grid'], ['', 'cifar100', 'cifar10,study']
+        ),
+        *(('study', model) for model in ('', 'vit', 'gelu', 'exp', 'elu', 'ftheta,cifar100')),
+    ],
+)
 def test_the_shipped_sweeps_begin(tmp_path, monkeypatch, path, arguments):
     """Their spaces are checked for real and have a first trial, which is not trained here."""
     config = load_config(f'sweeps/{path}', arguments)
@@ -1004,7 +1012,7 @@ def test_the_shipped_sweeps_begin(tmp_path, monkeypatch, path, arguments):
         f'--mode=sweep --config=configs/sweeps/{path}.py'
         in (ROOT / 'configs' / 'sweeps' / f'{path}.py').read_text()
     )
-    assert config.num_epochs == (31 if 'study' in arguments else 6)
+    assert config.num_epochs == (31 if 'study' in (path, *arguments.split(',')) else 6)
     data = dataclasses.replace(data_of(45_000, 5_000), name='cifar10')
     monkeypatch.setattr(crossval, 'load_fold', lambda config: data)
     begun = []
@@ -1018,6 +1026,33 @@ def test_the_shipped_sweeps_begin(tmp_path, monkeypatch, path, arguments):
         sweep.sweep(config, tmp_path)
     train.check_scored(begun[0])
     assert begun[0].dataset.fallback == 'none'
+
+
+def test_the_studys_sweep_has_its_winners():
+    """Catches a space that leaves out what the study found best, of any of its six models."""
+    winners = {
+        'vit': (256, 8, 8, None, 'adam', 5e-4, 128),
+        'relu': (960, 4, 16, None, 'sgd', 1.7e-2, 128),
+        'gelu': (768, 1, 16, 128, 'adam', 5e-4, 128),
+        'exp': (768, 3, 16, 512, 'adam', 1e-3, 64),
+        'ftheta': (768, 5, 16, 512, 'sgd', 3e-3, 512),
+    }
+    names = ('model.width', 'model.depth', 'model.num_heads', 'model.attention.num_features',
+             'optimizer.name', 'optimizer.learning_rate', 'batch_size')  # fmt: skip
+    for model, values in winners.items():
+        config = load_config('sweeps/study', model)
+        rows = {field: (kind, *given) for field, kind, *given in config.sweep.space}
+        for field, value in zip(names, values, strict=True):
+            if value is None:
+                continue
+            kind, *given = rows[field]
+            assert value in given[0] if kind == 'choice' else given[0] <= value <= given[1]
+    assert (
+        128
+        in dict(row[::2] for row in config.sweep.space if row[1] == 'choice')[
+            'model.attention.hidden'
+        ]
+    )
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The ViT: what the study searched of it, optimiser and shape, with Optuna's TPE and pruning.
+"""The ViT: rate, decay, dropout and shape, within what CPUs can search.
 
 python run.py --mode=sweep --config=configs/sweeps/vit.py:cifar10
 """
