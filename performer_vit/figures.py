@@ -43,12 +43,12 @@ MODEL_COLOURS = {
     'elu': '#009E73',
     'ftheta': '#CC79A7',
     'ftheta_mixture': '#56B4E9',
-    'softmax_hyperbolic': '#882255',
-    'softmax_optimal': '#CC6677',
-    'softmax_trigonometric': '#AA4499',
-    'relu_squared': '#332288',
+    'softmax_hyperbolic': '#44AA99',
+    'softmax_optimal': '#882255',
+    'softmax_trigonometric': '#332288',
+    'relu_squared': '#AA4499',
     'sigmoid': '#999933',
-    'softplus': '#44AA99',
+    'softplus': '#CC6677',
     'exp': '#DDCC77',
     'identity': '#777777',
     'cosine': '#117733',
@@ -75,6 +75,8 @@ MODEL_NAMES = {
     'mean': 'Mean pooling for attention',
     'none': 'No attention',
 }
+# The study's models have a marker of their own too, since their lines may be close.
+MODEL_MARKERS = dict(zip(MODEL_COLOURS, itertools.cycle('os^DvPX'), strict=False))
 # For what is no kernel: the same colours, in an order that sets neighbours apart.
 VARIANT_COLOURS = (
     '#0072B2', '#E69F00', '#009E73', '#D55E00', '#56B4E9', '#CC79A7', '#332288', '#999933',
@@ -85,12 +87,12 @@ NEUTRAL = '#595959'
 
 DATASET_NAMES = {'cifar10': 'CIFAR-10', 'cifar100': 'CIFAR-100'}
 
-# Estimators of the softmax kernel, in figures that hold no other model.
-ESTIMATOR_COLOURS = {
-    'softmax_trigonometric': '#0072B2',
-    'softmax': '#D55E00',
-    'softmax_hyperbolic': '#E69F00',
-    'softmax_optimal': '#009E73',
+# Estimators of the softmax kernel.
+ESTIMATOR_MARKERS = {
+    'softmax_trigonometric': 's',
+    'softmax': 'o',
+    'softmax_hyperbolic': 'v',
+    'softmax_optimal': '^',
 }
 PROJECTION_STYLES = {
     'gaussian': ('--', 'o'),
@@ -111,8 +113,11 @@ MOST_ANNOTATED = 12  # classes whose confusions fit into the cells as numbers
 MOST_NAMED = 30  # classes whose names fit along the axes of a confusion matrix
 ROWS_A_COLUMN = 50  # bars of one column of the per-class figure
 BAND = 0.12  # opacity of a band
+# Keeps a line visible where it crosses black bars.
+RIM = (withStroke(linewidth=3, foreground='white'),)
 MOST_ERROR = 30  # where the errors of estimators leave their figure
 MOST_PANELS = 4  # blocks of a model beside one another
+LONGEST_LINE = 34  # Characters of a variant's name in a line of a legend.
 MOST_CONFUSED = 12  # pairs named beside a confusion matrix without names
 
 
@@ -136,21 +141,37 @@ def variant_name(name: str) -> str:
     return MODEL_NAMES.get(name, name)
 
 
-def model_styles(models: Sequence[str]) -> dict[str, dict[str, str]]:
+def _wrapped(name: str) -> str:
+    """The name of a variant in lines of a legend, which end behind commas where they can."""
+    text = _short(variant_name(name).replace(',', ', '), 4 * LONGEST_LINE)
+    return '\n'.join(textwrap.wrap(text, LONGEST_LINE, break_on_hyphens=False))
+
+
+def model_styles(
+    models: Sequence[str], kernels: Mapping[str, str] | None = None
+) -> dict[str, dict[str, str]]:
     """Colour, marker and line style of each model: of a kernel's name its own colour and no others.
 
     What is no kernel gets colours that no kernel among the models has and, where there are none
     left, used ones with another marker and line.
+
+    Args:
+        models: the names of kernels or variants.
+        kernels: of variants which look like the model of a kernel, that kernel.
     """
-    taken = [MODEL_COLOURS[model].lower() for model in models if model in MODEL_COLOURS]
+    kernels = {model: model for model in models if model in MODEL_COLOURS} | dict(kernels or {})
+    taken = [MODEL_COLOURS[kernel].lower() for kernel in kernels.values()]
     free = [colour for colour in VARIANT_COLOURS if colour.lower() not in taken]
     looks = [(colour, *style) for style in VARIANT_STYLES for colour in free]
     looks += [(colour, *style) for style in VARIANT_STYLES[1:] for colour in VARIANT_COLOURS]
     others = itertools.cycle(dict.fromkeys(looks))
     styles = {}
     for model in models:
-        kernel = MODEL_COLOURS.get(model)
-        colour, marker, line = (kernel, *VARIANT_STYLES[0]) if kernel else next(others)
+        if model in kernels:
+            kernel = kernels[model]
+            colour, marker, line = MODEL_COLOURS[kernel], MODEL_MARKERS[kernel], '-'
+        else:
+            colour, marker, line = next(others)
         styles[model] = {'color': colour, 'marker': marker, 'linestyle': line}
     return styles
 
@@ -204,18 +225,24 @@ def learning_curves(history: Sequence[dict], title: str, *, colour: str = NEUTRA
     return figure
 
 
-def learning_bands(histories: Mapping[str, Sequence[Sequence[dict]]], title: str) -> Figure:
+def learning_bands(
+    histories: Mapping[str, Sequence[Sequence[dict]]],
+    title: str,
+    styles: Mapping[str, Mapping] | None = None,
+) -> Figure:
     """Validation loss (nats) and accuracy (%) an epoch: means over runs, and their spread.
 
     Args:
         histories: for each model the histories of its runs, seeds or folds. A line is their mean, a
             band ± their standard deviation (n - 1), both as far as all runs of a model came.
         title: what was run, with the data set.
+        styles: from `model_styles`, which are found here where they are not given.
     """
+    labels = [_wrapped(model) for model in histories]
     # Three names a row below the panels.
-    figure = _figure(title, height=4 + len(histories) / 12)
+    figure = _figure(title, height=4 + sum(label.count('\n') + 1 for label in labels) / 12)
     loss, accuracy = figure.subplots(1, 2)
-    styles = model_styles(list(histories))
+    styles = styles or model_styles(list(histories))
     numbers = [len(runs) for runs in histories.values()]
     most = max(numbers)
     for model, runs in histories.items():
@@ -229,7 +256,7 @@ def learning_bands(histories: Mapping[str, Sequence[Sequence[dict]]], title: str
                 [_number(epoch[field]) for epoch in run[:common]] for run in runs
             ])  # fmt: skip
             mean = values.mean(axis=0)
-            axes.plot(epochs, mean, **styles[model], markersize=4, linewidth=1.6)
+            axes.plot(epochs, mean, **styles[model], markersize=4.5, linewidth=1.4)
             if len(runs) > 1:
                 spread = values.std(axis=0, ddof=1)
                 axes.fill_between(
@@ -243,7 +270,6 @@ def learning_bands(histories: Mapping[str, Sequence[Sequence[dict]]], title: str
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         _tidy(axes)
     handles = [Line2D([], [], **styles[model], linewidth=2, markersize=5) for model in histories]
-    labels = [_short(variant_name(model), 34) for model in histories]
     if most > 1:
         handles.append(Patch(color=NEUTRAL, alpha=2 * BAND))
         runs = f'{most} runs' if min(numbers) == most else f'up to {most} runs'
@@ -341,7 +367,12 @@ def _most_confused(axes: Axes, share: np.ndarray, names: list[str]) -> None:
 
 
 def per_class(
-    accuracies: np.ndarray, class_names: Sequence[str], title: str, *, colour: str = NEUTRAL
+    accuracies: np.ndarray,
+    class_names: Sequence[str],
+    title: str,
+    *,
+    split: str = 'test',
+    colour: str = NEUTRAL,
 ) -> Figure:
     """The accuracy (%) of each class as bars, the best on top.
 
@@ -352,6 +383,7 @@ def per_class(
             the mean.
         class_names: the K names.
         title: what the figure is about, the model and the data set.
+        split: whose accuracies they are.
         colour: the model's, from `MODEL_COLOURS`.
 
     Raises:
@@ -373,7 +405,8 @@ def per_class(
     for axes, part in zip(figure.subplots(1, columns, squeeze=False)[0], parts, strict=True):
         _bars(axes, [names[i] for i in part], percent[part], colour, limit=112)
         axes.set_xticks(range(0, 101, 20))
-        axes.set_xlabel('test accuracy (%)')
+        axes.set_xlabel(f'{split} accuracy (%)')
+        axes.set_ylabel('class')
         if known.size:
             _mark_mean(axes, known.mean())
     if known.size:
@@ -460,7 +493,7 @@ def kernel_profiles(
         ),
         "softmax: exp(q'·k')": (
             learnt['softmax'][:, None],
-            {'color': MODEL_COLOURS['softmax'], 'linewidth': 1.4, 'linestyle': '--'},
+            {'color': MODEL_COLOURS['exact'], 'linewidth': 1.4, 'linestyle': '-.'},
         ),
     }
     for block, axes in enumerate(panels.flat):
@@ -480,19 +513,25 @@ def kernel_profiles(
             axes.set_xlabel('angle of q and k (°)')
             axes.tick_params(labelbottom=True)
     for row in panels:
-        row[0].set_ylabel('kernel / at 0°')
+        row[0].set_ylabel('kernel, relative to 0°')
     handles = [Line2D([], [], **style) for _, style in curves.values()]
     _legend_below(figure, handles, list(curves), columns=4)
     return figure
 
 
-def comparison(rows: Sequence[dict], title: str, quantity: str = 'test_accuracy') -> Figure:
+def comparison(
+    rows: Sequence[dict],
+    title: str,
+    quantity: str = 'test_accuracy',
+    styles: Mapping[str, Mapping] | None = None,
+) -> Figure:
     """An accuracy (%) and the training time (s/epoch) of several models, a row each.
 
     Runs of one variant or, where they have none, of the same kernel, projection and number of
     features are one model with several seeds or folds: each run is a dot and the mean a bar in the
     accuracy panel, the label gives mean ± standard deviation (of the sample, n - 1). The time is
-    the median of the runs, which one disturbed run does not move.
+    the median of the runs, which one disturbed run does not move, with a line from the shortest to
+    the longest.
 
     Args:
         rows: the contents of several results.json, in the order in which they are drawn, the first
@@ -500,6 +539,7 @@ def comparison(rows: Sequence[dict], title: str, quantity: str = 'test_accuracy'
             `train_seconds_per_epoch` are used.
         title: what is compared, with the data set.
         quantity: the accuracy, 'test_accuracy' or 'validation_accuracy'.
+        styles: from `model_styles`, which are found here where they are not given.
 
     Raises:
         BadInput: if there are no rows, or they are of different data sets.
@@ -519,21 +559,30 @@ def comparison(rows: Sequence[dict], title: str, quantity: str = 'test_accuracy'
     variants = [settings[0] for settings in models]
     names = []
     for name, *features in models:
-        label = variant_name(name)
+        label = _wrapped(name)
         if variants.count(name) > 1:
             label += '\n{} features, {}'.format(*features)
         names.append(label)
-    colours = [model_styles(variants)[name]['color'] for name in variants]
+    styles = styles or model_styles(variants)
+    colours = [styles[name]['color'] for name in variants]
 
     figure = _figure(title, height=1.7 + 0.5 * len(models))
     quality, cost = figure.subplots(1, 2, sharey=True)
-    seconds = [_known(runs, 'train_seconds_per_epoch') for runs in models.values()]
-    seconds = [np.median(values) if values.size else math.nan for values in seconds]
-    longest = np.nanmax([*seconds, 0])
+    measured = [_known(runs, 'train_seconds_per_epoch') for runs in models.values()]
+    seconds = [np.median(values) if values.size else math.nan for values in measured]
+    longest = max(0, *(value for values in measured for value in values))
     # Three significant digits at the long end; short ones lose some, in proportion.
     decimals = 2 if longest < 10 else 1 if longest < 100 else 0
     _bars(cost, names, seconds, colours, limit=1.25 * (longest or 1), pattern=f'{{:,.{decimals}f}}')
     cost.set_xlabel('training time (s/epoch)')
+    if any(values.size > 1 for values in measured):
+        cost.set_title('bar: median; line: all runs', fontsize=10)
+        for position, values in enumerate(measured):
+            if values.size > 1:
+                # At the foot of the bar, so that it does not strike the number through.
+                ends = [values.min(), values.max()]
+                cost.plot(ends, [position + 0.3] * 2, '|-', color=NEUTRAL, linewidth=1.4,
+                          markersize=6, path_effects=RIM)  # fmt: skip
     for position, (runs, colour) in enumerate(zip(models.values(), colours, strict=True)):
         accuracies = 100 * _known(runs, quantity)
         if not accuracies.size:
@@ -567,13 +616,14 @@ def comparison(rows: Sequence[dict], title: str, quantity: str = 'test_accuracy'
     return figure
 
 
-def accuracy_by_time(rows: Sequence[dict]) -> Figure:
+def accuracy_by_time(rows: Sequence[dict], size: str = '') -> Figure:
     """Validation accuracy (%) against minutes of training, a line a run; a star is the test's.
 
     Args:
         rows: the contents of several results.json. `variant`, if it is there, `kernel`, `dataset`,
             `test_accuracy`, `device` and `history` are used, and of an epoch of the history its
             `seconds` and its `validation_accuracy`, None where there is no validation split.
+        size: of the models, if it has a name.
 
     Raises:
         BadInput: if there are no rows.
@@ -584,7 +634,7 @@ def accuracy_by_time(rows: Sequence[dict]) -> Figure:
     styles = model_styles(variants)
     subject = variant_name(variants[0]) if len(variants) == 1 else 'Comparison'
     dataset = DATASET_NAMES.get(rows[0]['dataset'], rows[0]['dataset'])
-    figure = _figure(f'{subject} on {dataset}', height=4.2)
+    figure = _figure(f'{subject}{size and f", {size},"} on {dataset}', height=4.2)
     axes = figure.subplots()
     for row in rows:
         style = styles[variant(row)]
@@ -612,14 +662,19 @@ def accuracy_by_time(rows: Sequence[dict]) -> Figure:
     handles = [Line2D([], [], **styles[name], linewidth=2, markersize=5) for name in variants]
     names = [variant_name(name) for name in variants]
     handles += [
-        Line2D([], [], color=NEUTRAL, marker='o', markersize=4),
+        Line2D([], [], color=NEUTRAL),
         Line2D([], [], color=NEUTRAL, marker='*', markersize=12, linestyle='none'),
     ]
     _legend_below(figure, handles, [*names, 'validation', 'test, once at the end'], columns=4)
     return figure
 
 
-def pareto(rows: Sequence[Mapping], title: str, quantity: str) -> Figure:
+def pareto(
+    rows: Sequence[Mapping],
+    title: str,
+    quantity: str,
+    styles: Mapping[str, Mapping] | None = None,
+) -> Figure:
     """An accuracy (%) against the speed of training (images/s); a line joins what nothing beats.
 
     A model is on the line, the Pareto front, where no other is at least as accurate and as fast,
@@ -630,13 +685,15 @@ def pareto(rows: Sequence[Mapping], title: str, quantity: str) -> Figure:
         rows: of `comparison.summary`, with `images_per_second` and the quantity.
         title: what is compared, with the data set.
         quantity: the accuracy, 'test_accuracy' or 'validation_accuracy'.
+        styles: from `model_styles`, which are found here where they are not given.
     """
     rows = [row for row in rows if row[quantity] is not None]
-    figure = _figure(title, height=4 + len(rows) / 12)
+    names = [_wrapped(row['model']) for row in rows]
+    figure = _figure(title, height=4 + sum(name.count('\n') + 1 for name in names) / 12)
     axes = figure.subplots()
-    styles = model_styles([row['model'] for row in rows])
-    for style in styles.values():
-        style['linestyle'] = 'none'  # Points; the line is the front's.
+    styles = styles or model_styles([row['model'] for row in rows])
+    # Points; the line is the front's.
+    styles = {model: {**style, 'linestyle': 'none'} for model, style in styles.items()}
     points = [(row['images_per_second'], 100 * row[quantity]) for row in rows]
     front = sorted(
         (speed, accuracy)
@@ -661,8 +718,12 @@ def pareto(rows: Sequence[Mapping], title: str, quantity: str) -> Figure:
     _tidy(axes)
     handles = [Line2D([], [], **styles[row['model']]) for row in rows]
     handles.append(Line2D([], [], color=NEUTRAL, linestyle='--'))
-    names = [_short(variant_name(row['model']), 34) for row in rows]
-    _legend_below(figure, handles, [*names, 'Pareto front'], columns=3)
+    names.append('Pareto front')
+    if any(row[f'{quantity}_deviation'] for row in rows):
+        handles.append(Line2D([], [], color=NEUTRAL, marker='|', markersize=14, linestyle='none'))
+        handles.append(Line2D([], [], color=NEUTRAL))
+        names += ['± standard deviation', 'slowest to fastest run']
+    _legend_below(figure, handles, names, columns=3)
     return figure
 
 
@@ -901,7 +962,7 @@ def _errors_by_projection(figures: dict, setting: str) -> Figure:
                 means / lines['gaussian'][1],
                 line,
                 marker=None if projection == 'gaussian' else marker,
-                color=NEUTRAL if projection == 'gaussian' else ESTIMATOR_COLOURS[estimator],
+                color=NEUTRAL if projection == 'gaussian' else MODEL_COLOURS[estimator],
                 linewidth=1.6,
                 markersize=5,
             )
@@ -933,11 +994,12 @@ def _line(rows: Sequence[dict], field: str, error: str, estimator: str, projecti
 
 def _error_lines(axes: Axes, rows: Sequence[dict], field: str, error: str, draws: int) -> None:
     """Independent and orthogonal rows of every estimator, on logarithmic axes."""
-    for estimator, colour in ESTIMATOR_COLOURS.items():
+    for estimator, marker in ESTIMATOR_MARKERS.items():
+        colour = MODEL_COLOURS[estimator]
         for projection in ('gaussian', 'orthogonal'):
             values, means, deviations = _line(rows, field, error, estimator, projection)
             uncertainty = deviations / math.sqrt(draws)
-            line, marker = PROJECTION_STYLES[projection]
+            line, _ = PROJECTION_STYLES[projection]
             axes.plot(
                 values,
                 means,
@@ -945,7 +1007,8 @@ def _error_lines(axes: Axes, rows: Sequence[dict], field: str, error: str, draws
                 marker=marker,
                 color=colour,
                 markerfacecolor='white' if projection == 'gaussian' else colour,
-                linewidth=1.6,
+                # The hyperbolic estimator's line, drawn later, would hide FAVOR+'s, which it meets.
+                linewidth=2.6 if estimator == 'softmax' else 1.5,
                 markersize=4.5,
             )
             low, high = means - uncertainty, means + uncertainty
@@ -968,8 +1031,11 @@ def _scale_axis(axes: Axes, figures: dict) -> None:
 
 
 def _estimator_legend(figure: Figure) -> None:
-    handles = [Line2D([], [], color=colour, linewidth=3) for colour in ESTIMATOR_COLOURS.values()]
-    names = [ESTIMATORS[estimator] for estimator in ESTIMATOR_COLOURS]
+    handles = [
+        Line2D([], [], color=MODEL_COLOURS[estimator], marker=marker, markersize=5, linewidth=2)
+        for estimator, marker in ESTIMATOR_MARKERS.items()
+    ]
+    names = [ESTIMATORS[estimator] for estimator in ESTIMATOR_MARKERS]
     for projection in ('orthogonal', 'gaussian'):
         line, marker = PROJECTION_STYLES[projection]
         face = NEUTRAL if projection == 'orthogonal' else 'white'
@@ -1024,9 +1090,7 @@ def _bars(
 
 
 def _mark_mean(axes: Axes, mean: float) -> None:
-    # The white rim keeps the line visible where it crosses black bars.
-    rim = [withStroke(linewidth=3, foreground='white')]
-    axes.axvline(mean, color=NEUTRAL, linestyle='--', linewidth=1.3, path_effects=rim, zorder=2)
+    axes.axvline(mean, color=NEUTRAL, linestyle='--', linewidth=1.3, path_effects=RIM, zorder=2)
 
 
 def _number(value) -> float:
@@ -1106,7 +1170,12 @@ def attention_speed(measured: dict) -> Figure:
         )
     for axes in panels[:, 0]:
         axes.set_ylabel('seconds of a call')
-    _legend_below(figure, *panels[0, 0].get_legend_handles_labels(), columns=3)
+    handles, names = panels[0, 0].get_legend_handles_labels()
+    if any(crossing['verdict'] == 'from' for crossing in measured['crossovers']):
+        ring = {'marker': 'o', 'markersize': 13, 'markerfacecolor': 'none', 'linestyle': 'none'}
+        handles.append(Line2D([], [], color=NEUTRAL, **ring))
+        names.append('faster than exact from here')
+    _legend_below(figure, [*handles, _range_handle()], [*names, RANGE], columns=3)
     return figure
 
 
@@ -1134,6 +1203,13 @@ def _time_lines(
         )
 
 
+RANGE = 'shortest to longest'
+
+
+def _range_handle() -> Line2D:
+    return Line2D([], [], color=NEUTRAL, marker='|', markersize=14, linestyle='none')
+
+
 def _where_faster(crossing: dict) -> str:
     if crossing['verdict'] == 'from':
         where = f'from N ≈ {crossing["length"]:,.0f}'
@@ -1141,7 +1217,8 @@ def _where_faster(crossing: dict) -> str:
         where = f'not at N = {crossing["lengths"][-1]:,}'
     else:
         where = {'always': 'at every N', 'unknown': 'not measured'}[crossing['verdict']]
-    return f'{crossing["contender"]} faster than exact: {where}'
+    name = ATTENTION_LINES[crossing['contender']][3].partition(',')[0]
+    return f'{name} faster than exact: {where}'
 
 
 def _mark_crossing(axes: Axes, contender: str, rows: Sequence[dict], length: float) -> None:
@@ -1158,15 +1235,14 @@ def _mark_crossing(axes: Axes, contender: str, rows: Sequence[dict], length: flo
 
 # Whole models: seconds of an image against the number of tokens
 
-# Colours are models'; markers too, because lines of several Performers may be close.
+# Colours and markers are models'.
 MODEL_LINES = {
-    'exact': ('exact', '-', 'o', MODEL_NAMES['exact']),
-    'jax_exact': ('exact', ':', 'o', 'ViT, attention of jax.nn'),
-    'relu': ('relu', '-', 's', MODEL_NAMES['relu']),
-    'gelu': ('gelu', '-', '^', MODEL_NAMES['gelu']),
-    'softmax': ('softmax', '-', 'D', MODEL_NAMES['softmax']),
-    'elu': ('elu', '-', 'v', MODEL_NAMES['elu']),
-    'ftheta': ('ftheta', '-', 'P', MODEL_NAMES['ftheta']),
+    'exact': ('exact', '-', MODEL_MARKERS['exact'], MODEL_NAMES['exact']),
+    'jax_exact': ('exact', ':', MODEL_MARKERS['exact'], 'ViT, attention of jax.nn'),
+    **{
+        kernel: (kernel, '-', MODEL_MARKERS[kernel], MODEL_NAMES[kernel])
+        for kernel in ('relu', 'gelu', 'softmax', 'elu', 'ftheta')
+    },
 }
 
 
@@ -1205,7 +1281,7 @@ def model_speed(measured: dict) -> Figure:
     for axes in panels:
         handles, labels = axes.get_legend_handles_labels()
         drawn |= dict(zip(labels, handles, strict=True))
-    _legend_below(figure, list(drawn.values()), list(drawn), columns=4)
+    _legend_below(figure, [*drawn.values(), _range_handle()], [*drawn, RANGE], columns=4)
     return figure
 
 

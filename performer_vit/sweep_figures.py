@@ -17,11 +17,10 @@ from optuna.visualization import matplotlib as optuna_figures
 from performer_vit.figures import NEUTRAL, PIXELS_AN_INCH
 
 _VALUE = 'validation accuracy (%)'
-_BLUE, _ORANGE = '#0072B2', '#D55E00'
 
 
 def draw(
-    trials: Sequence[FrozenTrial], names: Mapping[str, str], title: str
+    trials: Sequence[FrozenTrial], names: Mapping[str, str], title: str, colour: str
 ) -> tuple[dict[str, Figure], list[str]]:
     """`history`, `parallel_coordinate` and `param_importances`, as far as they can be drawn.
 
@@ -29,6 +28,7 @@ def draw(
       trials: all of a sweep, in their order, with values from 0 to 1.
       names: what each parameter is called.
       title: what was searched, with the data set.
+      colour: of the model.
 
     Returns:
       The figures by name, and a line about each that cannot be drawn.
@@ -42,11 +42,11 @@ def draw(
     # Optuna's functions set a style for the whole process, and say that they are experimental.
     with plt.rc_context(), warnings.catch_warnings():
         warnings.simplefilter('ignore')
-        drawn['history'] = _history(study, title)
+        drawn['history'] = _history(study, title, colour)
         drawn['parallel_coordinate'] = _parallel_coordinate(study, title)
         shares = optuna.importance.get_param_importances(study, evaluator=_evaluator())
         if len({trial.value for trial in complete}) > 1 and len(set(shares.values())) > 1:
-            drawn['param_importances'] = _importances(study, title)
+            drawn['param_importances'] = _importances(study, title, colour)
         else:
             reason = (
                 'a single field was searched'
@@ -76,11 +76,11 @@ def _evaluator() -> optuna.importance.PedAnovaImportanceEvaluator:
     return optuna.importance.PedAnovaImportanceEvaluator(target_quantile=0.5)
 
 
-def _history(study: optuna.Study, title: str) -> Figure:
+def _history(study: optuna.Study, title: str, colour: str) -> Figure:
     axes = optuna_figures.plot_optimization_history(study, target_name=_VALUE)
     points, line = axes.collections[0], axes.lines[0]
-    points.set(color=_BLUE, label='complete', zorder=3)
-    line.set(color=_ORANGE, alpha=1, linewidth=1.8, drawstyle='steps-post', label='best so far')
+    points.set(color=colour, label='complete', zorder=3)
+    line.set(color=NEUTRAL, alpha=1, linewidth=1.8, drawstyle='steps-post', label='best so far')
     # What these reached after some epochs is no accuracy to be compared with: marks on the axis.
     for state, name, marker in (('PRUNED', 'pruned', 'x'), ('FAIL', 'failed', '+')):
         numbers = [trial.number for trial in study.trials if trial.state.name == state]
@@ -141,16 +141,16 @@ def _parallel_coordinate(study: optuna.Study, title: str) -> Figure:
     return figure
 
 
-def _importances(study: optuna.Study, title: str) -> Figure:
+def _importances(study: optuna.Study, title: str, colour: str) -> Figure:
     axes = optuna_figures.plot_param_importances(study, evaluator=_evaluator())
     axes.get_legend().remove()
     widths = [bar.get_width() for bar in axes.patches]
     for bar, text, width in zip(axes.patches, axes.texts, widths, strict=True):
-        bar.set_color(_BLUE)
+        bar.set_color(colour)
         text.set(text=f' {100 * width:.0f} %' if width >= 0.005 else ' < 1 %', fontsize=10)
     axes.set_xlim(0, 1.12 * max(widths))
     axes.xaxis.set_major_formatter(lambda value, _: f'{100 * value:.0f}')
-    axes.set(xlabel='share in what sets the better half of the trials apart (%)', ylabel='')
+    axes.set(xlabel='share in what sets the better half of the trials apart (%)', ylabel='field')
     figure = _finish(axes, title, height=1.4 + 0.36 * len(widths))
     axes.grid(False, axis='y')
     return figure

@@ -154,7 +154,7 @@ def ablation_table(path: pathlib.Path) -> str:
     for row in [base, *rows]:
         difference = 100 * (row['validation_accuracy'] - base['validation_accuracy'])
         lines.append([
-            'none' if row is base else _change(base, row),
+            'nothing' if row is base else _change(base, row),
             f'{row["validation_accuracy"]:.2%}',
             '–' if row is base else f'{difference:+z.2f}',
             f'{row["num_params"]:,}',
@@ -260,9 +260,10 @@ def _origin(rows: Sequence[Mapping]) -> str:
 
 
 def _draw_runs(path: pathlib.Path) -> None:
-    """A figure each: minutes of different machines do not go on one axis."""
+    """A figure each: minutes of different machines do not go on one axis. KERNEL-SIZE.json."""
     for file in _files(path):
-        figures.save(figures.accuracy_by_time([workdir.read_json(file)]), file.with_suffix('.png'))
+        figure = figures.accuracy_by_time([workdir.read_json(file)], file.stem.partition('-')[2])
+        figures.save(figure, file.with_suffix('.png'))
 
 
 def _draw_crossval(path: pathlib.Path) -> None:

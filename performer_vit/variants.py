@@ -292,10 +292,17 @@ def _report(
     what = {'compare': 'Comparison', 'ablate': 'One factor at a time'}[mode]
     title = f'{what} on {dataset}'
     histories = {name: [run['history'] for run in runs.values()] for name, runs in models.items()}
+    # What an ablation changes nothing of, or the kernel alone, is a kernel's model.
+    kernels = {
+        row['variant']: row['kernel']
+        for row in rows
+        if mode == 'ablate' and row['variant'] in ('base', f'kernel={row["kernel"]}')
+    }
+    styles = figures.model_styles(list(models), kernels)
     drawn = {
-        'comparison': figures.comparison(rows, title, quantity),
-        'learning_curves': figures.learning_bands(histories, title),
-        'pareto': figures.pareto(summary, title, quantity),
+        'comparison': figures.comparison(rows, title, quantity, styles),
+        'learning_curves': figures.learning_bands(histories, title, styles),
+        'pareto': figures.pareto(summary, title, quantity, styles),
     }
     if mode == 'compare':
         drawn['accuracy'] = figures.accuracy_by_time(rows)

@@ -453,6 +453,7 @@ def test_comparison_gives_mean_and_sample_deviation_a_model():
     assert names == ['Performer-ReLU', 'ViT']
     assert texts(quality) == ['91.00 ± 1.00', '80.00']
     assert texts(cost) == ['2.00', '5.00']
+    assert [line.get_xdata().tolist() for line in cost.lines] == [[1.0, 9.0]]
     colours = [matplotlib.colors.to_hex(bar.get_facecolor()) for bar in cost.patches]
     assert colours == [figures.MODEL_COLOURS[k].lower() for k in ('relu', 'exact')]
 
@@ -507,6 +508,27 @@ def test_styles_tell_models_apart():
     assert len(set(looks)) == len(models)
     colours = [styles[model]['color'] for model in models[1:-1]]
     assert figures.MODEL_COLOURS['relu'] not in colours
+
+
+def test_a_variant_may_look_like_a_kernels_model():
+    """Catches the base of an ablation of one kernel in the colour of another."""
+    kernels = {'base': 'ftheta', 'kernel=relu': 'relu'}
+    styles = figures.model_styles(['base', 'kernel=relu', 'other'], kernels)
+    colours = [style['color'] for style in styles.values()]
+    assert colours[:2] == [figures.MODEL_COLOURS[kernel] for kernel in kernels.values()]
+    assert len({tuple(style.values()) for style in styles.values()}) == len(set(colours)) == 3
+
+
+def test_long_names_of_variants_stay_apart():
+    """Catches two legend entries cut to the same letters, and a tick label as wide as a figure."""
+    names = [f'kernel=ftheta_mixture,theta_init=softmax,theta_sharing={s}' for s in ('all', 'none')]
+    bands = figures.learning_bands({name: [history(2)] for name in names}, 'x')
+    front = figures.pareto([point(name, 1.0, 0.5) for name in names], 'x', 'test_accuracy')
+    rows = [run('ftheta_mixture', 0.9, variant=name) for name in names]
+    ticks = figures.comparison(rows, 'x').axes[0].get_yticklabels()
+    for shown in (legend(bands), legend(front)[:2], [tick.get_text() for tick in ticks]):
+        assert [''.join(text.split()) for text in shown] == names
+        assert max(len(line) for text in shown for line in text.split('\n')) <= 34
 
 
 # Learning curves of several runs, and the front of accuracy and speed
@@ -604,7 +626,7 @@ def test_approximation_lines_hold_the_means_and_bands_the_standard_errors(name, 
             }
             np.testing.assert_array_equal(line.get_xdata(), values)
             np.testing.assert_allclose(line.get_ydata(), [means[value] for value in values])
-            assert line.get_color() == figures.ESTIMATOR_COLOURS[estimator]
+            assert line.get_color() == figures.MODEL_COLOURS[estimator]
             assert line.get_linestyle() == ('--' if projection == 'gaussian' else '-')
             heights = band.get_paths()[0].vertices[:, 1]
             # std / √draws = mean / 5 / 2.
@@ -623,7 +645,8 @@ def test_approximation_legends_name_every_estimator_and_projection():
     assert len(legend(figure)) == len(approximation.PROJECTIONS)
     titles = [axes.get_title(loc='left') for axes in figure.axes]
     assert titles == [f'{name} features' for name in approximation.ESTIMATORS.values()]
-    assert set(figures.ESTIMATOR_COLOURS) == set(approximation.ESTIMATORS)
+    assert set(figures.ESTIMATOR_MARKERS) == set(approximation.ESTIMATORS)
+    assert len(set(figures.ESTIMATOR_MARKERS.values())) == len(approximation.ESTIMATORS)
     assert tuple(figures.PROJECTION_STYLES) == approximation.PROJECTIONS
 
 
@@ -674,7 +697,7 @@ def test_panels_hold_the_kernels_of_their_block(blocks, heads):
             np.testing.assert_array_equal(line.get_xdata(), saved['angles'])
             np.testing.assert_array_equal(line.get_ydata(), values)
         styles = [line.get_linestyle() for line in axes.lines]
-        assert styles == ['-'] * heads + [':'] * heads + ['--'] * 2
+        assert styles == ['-'] * heads + [':'] * heads + ['--', '-.']
         described = f"block {block + 1}\n‖q'‖ {block + 1}, ‖k'‖ {block + 2.345:.2g}"
         assert axes.get_title(loc='left') == described
     names = legend(figure)

@@ -75,7 +75,7 @@ def test_ablations_are_named_by_what_changed(tmp_path):
     write(tmp_path, name='base')
     write(tmp_path, name='any-name', width=128, validation_accuracy=0.72)
     lines = tables.ablation_table(tmp_path).splitlines()[2:4]
-    assert cells(lines[0])[:3] == ['none', '70.00%', '–']
+    assert cells(lines[0])[:3] == ['nothing', '70.00%', '–']
     assert cells(lines[1])[:3] == ['`model.width` 128, not 64', '72.00%', '+2.00']
     write(tmp_path, name='copy')
     with pytest.raises(BadInput, match='copy.json has the config of base.json'):
