@@ -566,11 +566,12 @@ def comparison(
     styles = styles or model_styles(variants)
     colours = [styles[name]['color'] for name in variants]
 
-    figure = _figure(title, height=1.7 + 0.5 * len(models))
+    lines = [name.count('\n') + 1 for name in names]
+    figure = _figure(title, height=1.7 + sum(max(0.5, 0.2 * count) for count in lines))
     quality, cost = figure.subplots(1, 2, sharey=True)
     measured = [_known(runs, 'train_seconds_per_epoch') for runs in models.values()]
     seconds = [np.median(values) if values.size else math.nan for values in measured]
-    longest = max(0, *(value for values in measured for value in values))
+    longest = max((value for values in measured for value in values), default=0)
     # Three significant digits at the long end; short ones lose some, in proportion.
     decimals = 2 if longest < 10 else 1 if longest < 100 else 0
     _bars(cost, names, seconds, colours, limit=1.25 * (longest or 1), pattern=f'{{:,.{decimals}f}}')

@@ -174,6 +174,7 @@ def read_tested(
         BadInput: the predictions are missing, cannot be read, are no log-probabilities, or are not
             of the data set's test split.
     """
+    run_directory.check_tested(workdir, datasets.fingerprint(dataset.test))
     labels, log_probabilities = figures.read_predictions(workdir)
     if not np.array_equal(labels, dataset.test.labels):
         raise BadInput(

@@ -132,7 +132,7 @@ def config_file(config, best: Mapping) -> str:
     score = _percent(best['value'])
     return f'''"""The best trial of a sweep, number {best['number']}: {score} on validation.
 
-python run.py --config=DIR/best_config.py
+python run.py --config=DIR/best_config.py --workdir=NEW
 """
 
 from ml_collections import ConfigDict

@@ -480,22 +480,7 @@ def _finished(dataset: datasets.Dataset, workdir: pathlib.Path, is_tested: bool)
     """The results of a run that is done, which are shown; None where it is not."""
     say = functools.partial(progress.say, dataset.name)
     path = workdir / 'results.json'
-
-    def read() -> dict | None:
-        if not path.exists():
-            return None
-        results = run_directory.read_json(path)
-        tested = results.get('evaluation_images')
-        if tested and is_tested and tested != datasets.fingerprint(dataset.test):
-            raise BadInput(
-                f'the run in {workdir} was tested again, on other images ({tested}) than those '
-                f'of this command ({datasets.fingerprint(dataset.test)}), and its results are '
-                f'theirs: test it on these, by --mode=evaluate --workdir={workdir}, and repeat '
-                'this command.'
-            )
-        return results
-
-    results = cluster.from_main(read)
+    results = cluster.from_main(lambda: run_directory.read_json(path) if path.exists() else None)
     if results is None:
         return None
     was_tested = 'test_accuracy' in results
@@ -505,6 +490,9 @@ def _finished(dataset: datasets.Dataset, workdir: pathlib.Path, is_tested: bool)
             f'the workdir {workdir} holds a finished run that was {kinds[was_tested]}; this one is '
             f'to be {kinds[is_tested]}: give it another --workdir=DIR.'
         )
+    if is_tested:
+        images = datasets.fingerprint(dataset.test)
+        cluster.from_main(lambda: run_directory.check_tested(workdir, images))
     say(f'This run is finished, and nothing of it is done again. It is in {workdir}')
     history = workdir / 'history.csv'
     cluster.from_main(

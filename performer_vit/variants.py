@@ -214,6 +214,8 @@ def _run(
             run_directory.check_same(
                 directory, run_directory.definition(config.to_dict(), data[variant])
             )
+            if mode == 'compare':
+                run_directory.check_tested(directory, data[variant]['test images'])
             runs[variant, seed] = config, directory
     rows, diverged, started = [], [], time.perf_counter()
     for done, ((variant, seed), (config, directory)) in enumerate(runs.items()):

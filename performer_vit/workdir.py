@@ -335,3 +335,20 @@ def other_data(workdir: str | os.PathLike, data: Mapping[str, object]) -> list[s
         return None
     read = {name: values[name] for name in ('dataset_read', _DATA)}
     return differences(read, definition({}, data))
+
+
+def check_tested(workdir: str | os.PathLike, images: str) -> None:
+    """Raises `BadInput` where the run in a directory was tested again, on other images than these.
+
+    Args:
+      workdir: of a run, finished or not.
+      images: the fingerprint of the test's, as in `datasets.fingerprints`.
+    """
+    path = pathlib.Path(workdir) / 'results.json'
+    tested = read_json(path).get('evaluation_images', images) if path.exists() else images
+    if tested != images:
+        raise BadInput(
+            f'the run in {workdir} was tested again, on {tested}, which are other images than '
+            f'these ({images}), and its results are theirs. Test it on these: --mode=evaluate '
+            f'--workdir={workdir} reads the data where its config.json says that they are.'
+        )

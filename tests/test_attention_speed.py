@@ -297,7 +297,7 @@ def test_lines_are_the_medians_and_rings_where_they_cross():
         np.testing.assert_allclose(line.get_xydata(), expected)
         rings = [line.get_xydata()[0] for line in axes.lines if line.get_markersize() > 10]
         np.testing.assert_allclose(rings, [(11_585, 11_585.0**2), (23_170, 23_170.0**2)])
-        assert 'relu faster than exact: from N ≈ 11,585' in axes.get_title()
+        assert 'ReLU faster than exact: from N ≈ 11,585' in axes.get_title()
 
 
 def test_texts_are_inside_and_do_not_overlap():

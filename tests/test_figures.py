@@ -472,6 +472,8 @@ def test_comparison_of_what_was_not_measured():
     quality, cost = figures.comparison([run('relu', None, None), run('elu', 0.5)], 'x').axes
     assert texts(quality) == ['not measured', '50.00']
     assert texts(cost) == ['not measured', '2.00']
+    _, cost = figures.comparison([run('relu', 0.5, None)], 'x').axes
+    assert texts(cost) == ['not measured']
 
 
 def test_comparison_refuses_several_data_sets():

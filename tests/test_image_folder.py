@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
-from performer_vit import crossval, datasets, evaluate, image_folder, train, workdir
+from performer_vit import crossval, datasets, evaluate, image_folder, inspection, train, workdir
 from performer_vit.errors import BadInput
 from tests.conftest import make_tiny_config
 
@@ -311,10 +311,21 @@ def test_a_folder_trains(folder, tmp_path_factory, capsys):
     # With the images of the training back in their place, the results are not theirs.
     for path, original in originals.items():
         path.write_bytes(original)
-    with pytest.raises(BadInput, match='was tested again, on other images .*--mode=evaluate'):
-        train.train(config, directory)
+    for use in (lambda: train.train(config, directory), lambda: inspection.inspect_run(directory)):
+        with pytest.raises(BadInput, match='tested again, .* are other images .*--mode=evaluate'):
+            use()
     evaluate.evaluate_run(directory)
     assert train.train(config, directory)['evaluation_images'] == data['test images']
+    # An earlier version noted no images.
+    path = directory / 'config.json'
+    kept = path.read_text()
+    values = workdir.read_json(path)
+    del values['data_read']
+    workdir.write_json(path, values)
+    capsys.readouterr()
+    evaluate.evaluate_run(directory)
+    assert 'Whether these were the data of the training is not on record' in capsys.readouterr().out
+    path.write_text(kept)
     # Tested again once the images are gone, the run says where it looks for them.
     (folder / 'train').rename(folder / 'moved')
     with pytest.raises(BadInput, match=f'{folder}/train is not a directory'):

@@ -609,10 +609,7 @@ def test_splitting_over_devices(how, form, kind):
 
 @pytest.mark.parametrize('form', ['causal', 'prefix', 'segments', 'states'])
 def test_whole_sequences_on_each_device(form):
-    """Loops under `shard_map`: catches a carry that starts out alike on every device.
-
-    Also where only the segments differ between devices.
-    """
+    """Loops under `shard_map`: catches a carry that starts out alike on every device."""
     kind = 'log_positive'
     query, key, value = inputs((4,))
     segment_ids = np.arange(11) // 4

@@ -1028,31 +1028,38 @@ def test_the_shipped_sweeps_begin(tmp_path, monkeypatch, path, arguments):
     assert begun[0].dataset.fallback == 'none'
 
 
-def test_the_studys_sweep_has_its_winners():
-    """Catches a space that leaves out what the study found best, of any of its six models."""
-    winners = {
-        'vit': (256, 8, 8, None, 'adam', 5e-4, 128),
-        'relu': (960, 4, 16, None, 'sgd', 1.7e-2, 128),
-        'gelu': (768, 1, 16, 128, 'adam', 5e-4, 128),
-        'exp': (768, 3, 16, 512, 'adam', 1e-3, 64),
-        'ftheta': (768, 5, 16, 512, 'sgd', 3e-3, 512),
-    }
-    names = ('model.width', 'model.depth', 'model.num_heads', 'model.attention.num_features',
-             'optimizer.name', 'optimizer.learning_rate', 'batch_size')  # fmt: skip
-    for model, values in winners.items():
-        config = load_config('sweeps/study', model)
-        rows = {field: (kind, *given) for field, kind, *given in config.sweep.space}
-        for field, value in zip(names, values, strict=True):
-            if value is None:
-                continue
-            kind, *given = rows[field]
-            assert value in given[0] if kind == 'choice' else given[0] <= value <= given[1]
-    assert (
-        128
-        in dict(row[::2] for row in config.sweep.space if row[1] == 'choice')[
-            'model.attention.hidden'
-        ]
-    )
+@pytest.mark.parametrize(
+    ('model', 'winner'),
+    [
+        ('vit', (256, 8, 8, 'adam', 5e-4, 128)),
+        ('relu', (960, 4, 16, 'sgd', 1.7e-2, 128)),
+        ('gelu', (768, 1, 16, 'adam', 5e-4, 128, 128)),
+        ('elu', (768, 1, 16, 'adam', 5e-4, 128, 128)),
+        ('exp', (768, 3, 16, 'adam', 1e-3, 64, 512)),
+        ('ftheta', (768, 5, 16, 'sgd', 3e-3, 512, 512, 128)),
+    ],
+)
+def test_the_studys_sweep_has_its_winners(model, winner):
+    """Catches a space that leaves out what the study found best, or a model that refuses it."""
+    fields = ('model.width', 'model.depth', 'model.num_heads', 'optimizer.name',
+              'optimizer.learning_rate', 'batch_size', 'model.attention.num_features',
+              'model.attention.hidden')  # fmt: skip
+    config = load_config('sweeps/study', model)
+    rows = {field: (kind, *given) for field, kind, *given in config.sweep.space}
+    values = dict(zip(fields, winner, strict=False))
+    for field, value in values.items():
+        kind, *given = rows[field]
+        assert value in given[0] if kind == 'choice' else given[0] <= value <= given[1]
+    config = sweep.base_config(config)
+    config.update_from_flattened_dict(values)
+    train.check_scored(config)
+
+
+def test_a_word_that_the_studys_sweep_does_not_know():
+    """Catches a message that leaves out the models."""
+    for arguments in ('cifar10,softmax', 'gelu,elu'):
+        with pytest.raises(ValueError, match=f"'{arguments}'; .*'vit', 'relu', .*'cifar10'"):
+            load_config('sweeps/study', arguments)
 
 
 @pytest.mark.parametrize(

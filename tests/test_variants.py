@@ -215,6 +215,16 @@ def test_another_run_in_the_place_of_a_later_one(tiny_config, tmp_path, trained)
     assert not trained
 
 
+def test_a_later_run_that_was_tested_on_other_images(tiny_config, tmp_path, trained):
+    """Catches hours of training before results of other images are found among those to compare."""
+    directory = tmp_path / 'relu' / 'seed_1'
+    directory.mkdir(parents=True)
+    workdir.write_json(directory / 'results.json', {'evaluation_images': '9, of digest a'})
+    with pytest.raises(BadInput, match=rf'{directory} was tested again, on 9, of digest a'):
+        variants.compare(compare_config(tiny_config), tmp_path)
+    assert not trained
+
+
 def test_other_images_in_the_place_of_those_of_a_run(tiny_config, tmp_path, trained):
     """Catches a table of two folders' images."""
     theirs = tiny_config.copy_and_resolve_references()

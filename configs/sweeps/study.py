@@ -49,16 +49,24 @@ HIDDEN = ('model.attention.hidden', 'choice', (64, 128, 256))
 def get_config(arguments: str = '') -> ConfigDict:
     words = [word.strip() for word in arguments.split(',') if word.strip()]
     models = [word for word in words if word in MODELS]
-    if len(models) > 1:
-        raise ValueError(f'the config argument is {arguments!r}; name one model of {models} alone.')
-    model = models[0] if models else 'relu'
-    words = [word for word in words if word not in MODELS]
+    others = [word for word in words if word not in MODELS]
+    known = {*base.DATASETS, *base.SIZES}
+    if len(models) > 1 or not known.issuperset(others):
+        raise ValueError(
+            f'the config argument is {arguments!r}; allowed are at most one model of '
+            f'{tuple(MODELS)}, one data set of {base.DATASETS} and one size of '
+            f'{tuple(base.SIZES)}, separated by commas.'
+        )
+    model, words = models[0] if models else 'relu', others
     if not any(word in base.SIZES for word in words):
         words.append('study')
     config = MODELS[model].get_config(','.join(words))
     config.optimizer.momentum = 0.9
     config.label_smoothing = 0.0
     config.ema_decay = 0.0
+    if model == 'ftheta':
+        # As the study's: features that start as ReLU's need as many hidden units as there are.
+        config.model.attention.theta_init = 'lecun'
     config.sweep = sweeps.section()
     features = {'vit': (), 'ftheta': (FEATURES, HIDDEN)}
     config.sweep.space = (*SPACE, *features.get(model, (FEATURES,)))
