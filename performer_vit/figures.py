@@ -721,8 +721,7 @@ def pareto(
     handles.append(Line2D([], [], color=NEUTRAL, linestyle='--'))
     names.append('Pareto front')
     if any(row[f'{quantity}_deviation'] for row in rows):
-        handles.append(Line2D([], [], color=NEUTRAL, marker='|', markersize=14, linestyle='none'))
-        handles.append(Line2D([], [], color=NEUTRAL))
+        handles += [_range_handle(), Line2D([], [], color=NEUTRAL)]
         names += ['± standard deviation', 'slowest to fastest run']
     _legend_below(figure, handles, names, columns=3)
     return figure

@@ -21,6 +21,7 @@ from configs import (
     vit,
 )
 from configs.sweeps import base as sweeps
+from configs.sweeps import vit as vit_sweep
 
 MODELS = {
     'vit': vit,
@@ -49,15 +50,14 @@ HIDDEN = ('model.attention.hidden', 'choice', (64, 128, 256))
 def get_config(arguments: str = '') -> ConfigDict:
     words = [word.strip() for word in arguments.split(',') if word.strip()]
     models = [word for word in words if word in MODELS]
-    others = [word for word in words if word not in MODELS]
-    known = {*base.DATASETS, *base.SIZES}
-    if len(models) > 1 or not known.issuperset(others):
+    words = [word for word in words if word not in MODELS]
+    if len(models) > 1 or not {*base.DATASETS, *base.SIZES}.issuperset(words):
         raise ValueError(
             f'the config argument is {arguments!r}; allowed are at most one model of '
             f'{tuple(MODELS)}, one data set of {base.DATASETS} and one size of '
             f'{tuple(base.SIZES)}, separated by commas.'
         )
-    model, words = models[0] if models else 'relu', others
+    model = models[0] if models else 'relu'
     if not any(word in base.SIZES for word in words):
         words.append('study')
     config = MODELS[model].get_config(','.join(words))
@@ -70,5 +70,5 @@ def get_config(arguments: str = '') -> ConfigDict:
     config.sweep = sweeps.section()
     features = {'vit': (), 'ftheta': (FEATURES, HIDDEN)}
     config.sweep.space = (*SPACE, *features.get(model, (FEATURES,)))
-    config.sweep.conditions = (('model.width', 'divisible by', 'model.num_heads'),)
+    config.sweep.conditions = vit_sweep.CONDITIONS
     return config
