@@ -1008,7 +1008,7 @@ def _error_lines(axes: Axes, rows: Sequence[dict], field: str, error: str, draws
                 color=colour,
                 markerfacecolor='white' if projection == 'gaussian' else colour,
                 # The hyperbolic estimator's line, drawn later, would hide FAVOR+'s, which it meets.
-                linewidth=2.6 if estimator == 'softmax' else 1.5,
+                linewidth=3.2 if estimator == 'softmax' else 1.5,
                 markersize=4.5,
             )
             low, high = means - uncertainty, means + uncertainty
