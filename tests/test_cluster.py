@@ -347,7 +347,7 @@ except BadInput as differ:
     assert [process.returncode for process in both] == [0, 0]
     no_json = 'TypeError: Object of type set is not JSON serializable'
     ours, theirs = ([line for line in lines if '[Gloo]' not in line] for lines in said)
-    item = "in names, number 100: None in process 0, 'x' in process 1. Mend it."
+    item = "in names, number 100: absent in process 0, 'x' in process 1. Mend it."
     assert ours.pop() == theirs.pop() == f'the processes differ in all, {item}'
     # The first that differs, as the names are given.
     differ = "the processes differ in all, in b: '' in process 0, 'x' in process 1. Mend it."
