@@ -61,13 +61,13 @@ def cross_validate(config, workdir: str | os.PathLike | None = None, run_name: s
             {**config.to_dict(), 'mode': 'crossval'}, datasets.fingerprints(dataset)
         ),
     )
+    directories = [workdir / f'fold_{fold}' for fold in range(num_folds)]
+    open_folds = [not run_directory.is_finished(directory) for directory in directories]
     folds, started = [], time.perf_counter()
-    for fold in range(num_folds):
-        progress.say(
-            dataset.name,
-            f'Fold {fold + 1} of {num_folds}{progress.remaining(started, fold, num_folds)}',
-        )
-        folds.append(run_fold(config, fold, workdir / f'fold_{fold}'))
+    for fold, directory in enumerate(directories):
+        left = progress.remaining(started, sum(open_folds[:fold]), sum(open_folds))
+        progress.say(dataset.name, f'Fold {fold + 1} of {num_folds}{left}')
+        folds.append(run_fold(config, fold, directory))
     results = _report(config, dataset.class_names, folds, workdir)
     progress.say(dataset.name, typeset.markdown(*table_of_folds(results)))
     progress.say(dataset.name, f'Everything is in {workdir}')

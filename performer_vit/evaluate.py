@@ -513,7 +513,7 @@ def restore_run(workdir: str | os.PathLike) -> Finished:
     run_directory.check_writable(workdir)
     config = run_directory.read_config(workdir)
     fields.check(run_directory.flatten(config.to_dict()))
-    if not (workdir / 'results.json').exists():
+    if not run_directory.is_finished(workdir):
         raise BadInput(
             f'{workdir}/results.json does not exist: the run there is not finished. Give the '
             'command that started it once more, or the --workdir of a finished run.'

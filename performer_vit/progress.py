@@ -25,10 +25,14 @@ def say(dataset_name: str, text: str) -> None:
 
 
 def remaining(started: float, done: int, total: int) -> str:
-    """', about 12 min left' of a series of runs that began at that `time.perf_counter()`.
+    """', about 12 min left' of a series of runs that began at a `time.perf_counter()`.
 
-    Nothing before the first run is done. Runs that had been finished earlier take no time, so that
-    an estimate is too low where some of a series had.
+    Nothing before the first run is done.
+
+    Args:
+      started: when the series began, or went on.
+      done, total: how many runs have been done since then, and how many were to be done. Those that
+        had been finished earlier count in neither: they take no time.
     """
     if not done:
         return ''

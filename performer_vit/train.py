@@ -358,7 +358,7 @@ def _fit(
             stack.enter_context(run_directory.alone(workdir))
             claimed = run_directory.claim(workdir, run_directory.definition(config.to_dict(), data))
             # Not only after an epoch, where the directory is another user's, say.
-            if not (claimed / 'results.json').exists():
+            if not run_directory.is_finished(claimed):
                 run_directory.check_writable(claimed / 'checkpoints')
             return str(claimed)
 

@@ -217,10 +217,11 @@ def _run(
             if mode == 'compare':
                 run_directory.check_tested(directory, data[variant]['test images'])
             runs[variant, seed] = config, directory
+    open_runs = [not run_directory.is_finished(directory) for _, directory in runs.values()]
     rows, diverged, started = [], [], time.perf_counter()
-    for done, ((variant, seed), (config, directory)) in enumerate(runs.items()):
-        left = progress.remaining(started, done, len(runs))
-        progress.say(dataset_name, f'Run {done + 1} of {len(runs)}: {variant}, seed {seed}{left}')
+    for place, ((variant, seed), (config, directory)) in enumerate(runs.items()):
+        left = progress.remaining(started, sum(open_runs[:place]), sum(open_runs))
+        progress.say(dataset_name, f'Run {place + 1} of {len(runs)}: {variant}, seed {seed}{left}')
         try:
             rows.append({**train_one(config, directory), 'variant': variant})
         except FloatingPointError as error:

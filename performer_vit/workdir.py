@@ -337,6 +337,11 @@ def other_data(workdir: str | os.PathLike, data: Mapping[str, object]) -> list[s
     return differences(read, definition({}, data))
 
 
+def is_finished(workdir: str | os.PathLike) -> bool:
+    """Whether the run, or the series of runs, in a directory is done and has its results."""
+    return (pathlib.Path(workdir) / 'results.json').exists()
+
+
 def check_tested(workdir: str | os.PathLike, images: str) -> None:
     """Raises `BadInput` where the run in a directory was tested again, on other images than these.
 

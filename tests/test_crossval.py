@@ -77,11 +77,13 @@ def test_the_report_is_of_all_folds(cross_validated):
         assert (directory / 'figures' / f'{name}.png').stat().st_size > 10_000
 
 
-def test_nothing_is_done_again(cross_validated, monkeypatch):
-    """Catches finished folds that are trained anew: here, training ends the test."""
+def test_nothing_is_done_again(cross_validated, monkeypatch, capfd):
+    """Catches finished folds that are trained anew, here the test's end, or promised time."""
     config, directory, results = cross_validated
     monkeypatch.setattr(train, 'compile_step', lambda *_: pytest.fail('trains again'))
     assert crossval.cross_validate(config, directory) == results
+    said = [line for line in capfd.readouterr().out.splitlines() if '] Fold ' in line]
+    assert said == [f'[digits] Fold {fold} of 3' for fold in (1, 2, 3)]
 
 
 def test_the_directories_know_their_images(cross_validated):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from performer_vit import comparison, datasets, train, variants, workdir
+from performer_vit import comparison, datasets, progress, train, variants, workdir
 from performer_vit.errors import BadInput
 from tests.conftest import load_config
 
@@ -86,6 +86,39 @@ def test_each_variant_runs_with_each_seed_in_a_directory_of_its_own(tiny_config,
     assert '| ViT | 2 |' in markdown and 'wide relu above the ViT' in markdown
     for name in ('comparison', 'learning_curves', 'pareto', 'accuracy'):
         assert (tmp_path / 'figures' / f'{name}.png').stat().st_size > 10_000
+
+
+def test_time_left_is_that_of_the_runs_that_were_not_finished(
+    tiny_config, tmp_path, trained, monkeypatch, capfd
+):
+    """Four of six runs were done earlier, two take ten minutes each by a clock of our own.
+
+    Catches finished runs counted as quick ones: 'about 2 min left' before the last.
+    """
+    config = compare_config(tiny_config)
+    for seed, variant in ((0, 'exact'), (0, 'relu'), (0, 'wide relu'), (1, 'relu')):
+        directory = tmp_path / workdir.directory_name(variant) / f'seed_{seed}'
+        directory.mkdir(parents=True)
+        workdir.write_json(directory / 'results.json', {})
+    monkeypatch.setattr(variants.run_directory, 'check_same', lambda *_: None)
+    clock, train_one = [0.0], train.train
+
+    def takes_time(config, directory):
+        clock[0] += 0 if workdir.is_finished(directory) else 600
+        return train_one(config, directory)
+
+    monkeypatch.setattr(train, 'train', takes_time)
+    monkeypatch.setattr(progress.time, 'perf_counter', lambda: clock[0])
+    variants.compare(config, tmp_path)
+    said = [line for line in capfd.readouterr().out.splitlines() if ' of 6: ' in line]
+    assert said == [
+        '[digits] Run 1 of 6: exact, seed 0',
+        '[digits] Run 2 of 6: relu, seed 0',
+        '[digits] Run 3 of 6: wide relu, seed 0',
+        '[digits] Run 4 of 6: exact, seed 1',
+        '[digits] Run 5 of 6: relu, seed 1, about 10 min left',
+        '[digits] Run 6 of 6: wide relu, seed 1, about 10 min left',
+    ]
 
 
 def test_ablation_changes_one_factor_and_never_tests(tiny_config, tmp_path, trained, monkeypatch):
