@@ -242,7 +242,8 @@ class Checkpoints:
                 ) from error
             raise _Unusable(
                 f'the checkpoint of step {step} in {self.directory} is damaged '
-                f'({one_line(error)}): restore it from a copy, or train again in another --workdir.'
+                f'({one_line(error)}): restore it from a copy, or train again in another '
+                f'--workdir, or in this one, from the start, once {self.directory} is moved away.'
             ) from error
 
     def restore_latest(self, template: TrainState, warn: Callable[[str], None]) -> Saved | None:

@@ -238,6 +238,8 @@ def table(
     # Digits take a fraction of a second an epoch, where whole seconds would say nothing.
     shortest = min(row['train_seconds_per_epoch'] for row in rows)
     seconds = '{:.0f}' if shortest >= 10 else '{:.2f}'
+    inferences = [row['inference_seconds'] for row in rows]
+    inference = '{:.1f}' if min(filter(None, inferences), default=1) >= 1 else '{:.3f}'
     minus = f'minus the {names[baseline]}' if baseline in names else 'difference'
     cells = {
         'model': [names[row['model']] for row in rows],
@@ -248,7 +250,7 @@ def table(
         'p (Holm)': [_text(row['holm_p'], '{:.2g}') for row in rows],
         's/epoch': [median(row, 'train_seconds_per_epoch', seconds) for row in rows],
         'images/s': [median(row, 'images_per_second', '{:,.0f}') for row in rows],
-        'inference s': [median(row, 'inference_seconds', '{:.1f}') for row in rows],
+        'inference s': [median(row, 'inference_seconds', inference) for row in rows],
         'parameters': [f'{row["num_params"]:,}' for row in rows],
         'GFLOP an image': [_text(row['train_gflop_per_image'], '{:.3f}') for row in rows],
     }
@@ -288,8 +290,8 @@ def verdict(rows: Sequence[Mapping], names: Mapping[str, str], baseline: str) ->
     if not compared:
         return None
     return (
-        f'Differences from the {names[baseline]} that the data support, all of them together with '
-        f'{CONFIDENCE:.0%} confidence (Holm): {", ".join(supported) or "none"}.'
+        f'Differences from the {names[baseline]} that the data support (jointly, with '
+        f'{CONFIDENCE:.0%} confidence, Holm): {", ".join(supported) or "none"}.'
     ).replace('%', ' %')
 
 

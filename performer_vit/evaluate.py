@@ -570,7 +570,10 @@ def evaluate_run(workdir: str | os.PathLike) -> dict:
     config, results, dataset, model, state, initial = restore_run(workdir)
     learnt = learnt_kernel(config, dataset, model, state.evaluated, initial)
     state = jax_utils.replicate(state, axis_name='batch')
-    forward = predict.compile_forward(model, dataset, state, config.batch_size)
+    # The run may have had another number of devices; here, a batch is filled up for them.
+    devices = jax.device_count()
+    batch_size = math.ceil(config.batch_size / devices) * devices
+    forward = predict.compile_forward(model, dataset, state, batch_size)
     log_probabilities, seconds = predict.timed(forward, state, dataset.test)
     if config.flip_averaging:
         mirrored = forward(state, predict.mirrored(dataset.test))

@@ -977,8 +977,8 @@ def _check_positive(function: Callable[[jax.Array], jax.Array]) -> None:
         values = function(jnp.asarray(grid))
     if isinstance(values, jax.core.Tracer) or jnp.shape(values) != grid.shape:
         return  # Made of arrays that are not known yet; `elementwise` checks the shape.
-    values = np.asarray(values) + feature_maps.EPSILON
-    if np.iscomplexobj(values) or not np.any(values < 0):
+    values = np.asarray(values)
+    if np.iscomplexobj(values) or not np.any(values + feature_maps.EPSILON < 0):
         return
     worst = int(np.nanargmin(values))
     raise BadInput(

@@ -267,14 +267,14 @@ def learning_bands(
     accuracy.set_ylabel('validation accuracy (%)')
     for axes in (loss, accuracy):
         axes.set_xlabel('epoch')
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         _tidy(axes)
     handles = [Line2D([], [], **styles[model], linewidth=2, markersize=5) for model in histories]
     if most > 1:
         handles.append(Patch(color=NEUTRAL, alpha=2 * BAND))
         runs = f'{most} runs' if min(numbers) == most else f'up to {most} runs'
         labels.append(f'± standard deviation of {runs}')
-    _legend_below(figure, handles, labels, columns=3)
+    legend_below(figure, handles, labels, columns=3)
     return figure
 
 
@@ -515,7 +515,7 @@ def kernel_profiles(
     for row in panels:
         row[0].set_ylabel('kernel, relative to 0°')
     handles = [Line2D([], [], **style) for _, style in curves.values()]
-    _legend_below(figure, handles, list(curves), columns=4)
+    legend_below(figure, handles, list(curves), columns=4)
     return figure
 
 
@@ -612,6 +612,8 @@ def comparison(
     ticks = quality.get_xticks()
     quality.set_xticks(ticks[(ticks >= low) & (ticks <= 100)])
     quality.tick_params(axis='y', length=0)
+    for label in quality.get_yticklabels():  # Whose texts are those of the other panel.
+        label.set_parse_math(False)
     quality.set_xlabel(f'{quantity.replace("_", " ")} (%)')
     _tidy(quality, grid='x')
     return figure
@@ -661,12 +663,12 @@ def accuracy_by_time(rows: Sequence[dict], size: str = '') -> Figure:
     axes.set_ylabel('accuracy (%)')
     _tidy(axes)
     handles = [Line2D([], [], **styles[name], linewidth=2, markersize=5) for name in variants]
-    names = [variant_name(name) for name in variants]
+    names = [_wrapped(name) for name in variants]
     handles += [
         Line2D([], [], color=NEUTRAL),
         Line2D([], [], color=NEUTRAL, marker='*', markersize=12, linestyle='none'),
     ]
-    _legend_below(figure, handles, [*names, 'validation', 'test, once at the end'], columns=4)
+    legend_below(figure, handles, [*names, 'validation', 'test, once at the end'], columns=4)
     return figure
 
 
@@ -723,7 +725,7 @@ def pareto(
     if any(row[f'{quantity}_deviation'] for row in rows):
         handles += [_range_handle(), Line2D([], [], color=NEUTRAL)]
         names += ['± standard deviation', 'slowest to fastest run']
-    _legend_below(figure, handles, names, columns=3)
+    legend_below(figure, handles, names, columns=3)
     return figure
 
 
@@ -862,7 +864,8 @@ def read_predictions(workdir: str | os.PathLike) -> tuple[np.ndarray, np.ndarray
     if not path.is_file():
         raise BadInput(
             f'{path} does not exist; figures are drawn from the predictions of a finished '
-            'run. Give the --workdir of a run that has reached its final test.'
+            'run. Give the --workdir of a run that has reached its final test; if this one has, '
+            '--mode=evaluate writes the file again.'
         )
     try:
         tested = run_directory.read_arrays(path)
@@ -978,7 +981,7 @@ def _errors_by_projection(figures: dict, setting: str) -> Figure:
         Line2D([], [], color=NEUTRAL, linestyle=line, marker=None if name == 'gaussian' else marker)
         for name, (line, marker) in PROJECTION_STYLES.items()
     ]
-    _legend_below(figure, handles, list(PROJECTION_NAMES.values()), columns=4)
+    legend_below(figure, handles, list(PROJECTION_NAMES.values()), columns=4)
     return figure
 
 
@@ -1045,13 +1048,25 @@ def _estimator_legend(figure: Figure) -> None:
         names.append(PROJECTION_NAMES[projection])
     handles.append(Patch(color=NEUTRAL, alpha=2 * BAND, linewidth=0))
     names.append('± standard error')
-    _legend_below(figure, handles, names, columns=4)
+    legend_below(figure, handles, names, columns=4)
 
 
-def _legend_below(figure: Figure, handles: list, names: list[str], columns: int) -> None:
-    figure.legend(
-        handles, names, loc='outside lower center', ncols=columns, frameon=False, fontsize=10
-    )
+def legend_below(figure: Figure, handles: list, names: list[str], columns: int) -> None:
+    """Names below the panels, in fewer columns where these would be wider than the figure."""
+    heights = []
+    for count in range(columns, 0, -1):
+        legend = figure.legend(
+            handles, names, loc='outside lower center', ncols=count, frameon=False, fontsize=10
+        )
+        for text in legend.get_texts():
+            text.set_parse_math(False)
+        extent = legend.get_window_extent()
+        heights.append(extent.height)
+        if extent.width <= figure.bbox.width or count == 1:
+            break
+        legend.remove()
+    # The panels keep their height.
+    figure.set_figheight(figure.get_figheight() + (heights[-1] - heights[0]) / figure.dpi)
 
 
 def _tidy(axes: Axes, grid: str = 'y') -> None:
@@ -1175,7 +1190,7 @@ def attention_speed(measured: dict) -> Figure:
         ring = {'marker': 'o', 'markersize': 13, 'markerfacecolor': 'none', 'linestyle': 'none'}
         handles.append(Line2D([], [], color=NEUTRAL, **ring))
         names.append('faster than exact from here')
-    _legend_below(figure, [*handles, _range_handle()], [*names, RANGE], columns=3)
+    legend_below(figure, [*handles, _range_handle()], [*names, RANGE], columns=3)
     return figure
 
 
@@ -1281,7 +1296,7 @@ def model_speed(measured: dict) -> Figure:
     for axes in panels:
         handles, labels = axes.get_legend_handles_labels()
         drawn |= dict(zip(labels, handles, strict=True))
-    _legend_below(figure, [*drawn.values(), _range_handle()], [*drawn, RANGE], columns=4)
+    legend_below(figure, [*drawn.values(), _range_handle()], [*drawn, RANGE], columns=4)
     return figure
 
 
@@ -1494,7 +1509,7 @@ def attention_gap(numbers: Mapping, title: str) -> Figure:
         },
     }  # fmt: skip
     handles = [Line2D([], [], **style) for style in legend.values()]
-    _legend_below(figure, handles, list(legend), columns=2)
+    legend_below(figure, handles, list(legend), columns=2)
     return figure
 
 

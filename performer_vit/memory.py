@@ -5,11 +5,24 @@ import os
 
 import jax
 
-from performer_vit.errors import BadInput
+from performer_vit.errors import BadInput, one_line
 
 
 class TooLargeError(BadInput):
     """What a config asks for does not fit into a device's memory."""
+
+
+def exceeded(error: Exception) -> str | None:
+    """What an error says of too little memory, before or while it was used; None of any other."""
+    if isinstance(error, TooLargeError):
+        return str(error)
+    if isinstance(error, MemoryError) or (
+        isinstance(error, jax.errors.JaxRuntimeError) and 'RESOURCE_EXHAUSTED' in str(error)
+    ):
+        # Python's own says nothing.
+        reason = f': {one_line(error)}' if str(error) else ''
+        return f'more memory needed than there is{reason}'
+    return None
 
 
 def available(device: jax.Device) -> float:

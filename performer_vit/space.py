@@ -42,7 +42,9 @@ class Parameter:
         )
 
     def value(self, label):
-        """The value that has this label; a number of a continuous interval is its own."""
+        """The value that has this label; a number of an interval is its own."""
+        if self.distribution != 'choice':
+            return label
         return dict(zip(self.labels, self.values, strict=True)).get(label, label)
 
 

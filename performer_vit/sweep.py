@@ -17,7 +17,6 @@ from performer_vit import (
     crossval,
     datasets,
     interruption,
-    memory,
     progress,
     proposals,
     sweep_report,
@@ -25,7 +24,7 @@ from performer_vit import (
 )
 from performer_vit import space as search_space
 from performer_vit import workdir as run_directory
-from performer_vit.errors import BadInput, choose, one_line, unlike
+from performer_vit.errors import BadInput, choose, unlike
 from performer_vit.space import Space
 from performer_vit.trials import PRUNERS, Trial, Trials, check_storage, without_password
 
@@ -93,9 +92,18 @@ def sweep(config, workdir: str | os.PathLike | None = None, run_name: str = 'run
             'the data set has no validation split to score trials on: set '
             'dataset.validation_fraction above 0, or sweep.num_folds to 2 or more.'
         )
-    told_of = set()
+    if 'early_stopping_patience' not in {parameter.field for parameter in space.parameters}:
+        train.check_not_stopped(base)  # Else every combination would be refused, one by one.
+    told_of, refusals = set(), {}
 
     def refusal(combination: Mapping) -> str | None:
+        # Tracing a model takes a third of a second, and a grid begins anew with each proposal.
+        key = frozenset(combination.items())
+        if key not in refusals:
+            refusals[key] = look_at(combination)
+        return refusals[key]
+
+    def look_at(combination: Mapping) -> str | None:
         values = space.values(combination)
         unmet = space.unmet({**fields, **values})
         if unmet is not None:
@@ -138,14 +146,17 @@ def sweep(config, workdir: str | os.PathLike | None = None, run_name: str = 'run
     try:
         trials = Trials(directory, section.storage, section.pruner, definition)
     except BadInput:
-        if is_new:  # Else the config, once mended, would be another one's there.
+        # Else the config, once mended, would be another one's there; what another sweep has put
+        # there in the meantime stays.
+        if is_new and run_directory.read_json(directory / 'config.json') == definition:
             (directory / 'config.json').unlink(missing_ok=True)
         raise
     _work(trials, section, space, base, dataset, propose)
     with trials.alone():
         results = sweep_report.write(trials.all(), section, space, base, dataset.name, directory)
         undrawn = sweep_report.draw(results, trials.all(), directory)
-    progress.say(dataset.name, sweep_report.ending(results, undrawn, directory))
+        orphans = trials.orphans()
+    progress.say(dataset.name, sweep_report.ending(results, undrawn, orphans, directory))
     return results
 
 
@@ -287,15 +298,11 @@ def _run(trial: Trial, config, dataset: datasets.Dataset, num_folds: int) -> Non
             value, history = results['validation_accuracy'], results['history']
     except optuna.TrialPruned as error:
         state, asked = TrialState.PRUNED, interruption.was_asked(error)
-    except (FloatingPointError, memory.TooLargeError) as error:
-        state, message, asked = TrialState.FAIL, str(error), interruption.was_asked(error)
-    except (jax.errors.JaxRuntimeError, MemoryError) as error:
-        if not isinstance(error, MemoryError) and 'RESOURCE_EXHAUSTED' not in str(error):
+    except Exception as error:
+        message = train.own_failure(error)
+        if message is None:
             raise
-        # Python's own says nothing.
-        reason = f': {one_line(error)}' if str(error) else ''
-        state, message = TrialState.FAIL, f'more memory needed than there is{reason}'
-        asked = interruption.was_asked(error)
+        state, asked = TrialState.FAIL, interruption.was_asked(error)
     trial.finish(
         state,
         value,
@@ -315,14 +322,15 @@ def _cross_validate(
         run_directory.definition(config.to_dict(), datasets.fingerprints(dataset)),
     )
     values = []
+
+    def on_epoch(row: dict) -> None:
+        trial.came(fold, row['epoch'])
+        history.append(row)
+
     for fold in range(num_folds):
-        results = crossval.run_fold(
-            config,
-            fold,
-            trial.directory / f'fold_{fold}',
-            on_epoch=lambda row, fold=fold: trial.came(fold, row['epoch']),
-        )
-        history += results['history']
+        before = len(history)
+        results = crossval.run_fold(config, fold, trial.directory / f'fold_{fold}', on_epoch)
+        history[before:] = results['history']  # All epochs of a fold that had been finished.
         values.append(results['validation_accuracy'])
         last = fold + 1 == num_folds
         if trial.is_pruned(fold + 1, statistics.fmean(values), last=last, of_all=True):

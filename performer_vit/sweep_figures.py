@@ -1,5 +1,6 @@
 """The figures of a sweep, by Optuna from the numbers of its trials, at the width of a README."""
 
+import re
 import textwrap
 import warnings
 from collections.abc import Mapping, Sequence
@@ -14,7 +15,7 @@ from optuna.distributions import CategoricalDistribution, IntDistribution
 from optuna.trial import FrozenTrial, TrialState
 from optuna.visualization import matplotlib as optuna_figures
 
-from performer_vit.figures import NEUTRAL, PIXELS_AN_INCH
+from performer_vit.figures import NEUTRAL, PIXELS_AN_INCH, legend_below
 
 _VALUE = 'validation accuracy (%)'
 
@@ -94,7 +95,7 @@ def _history(study: optuna.Study, title: str, colour: str) -> Figure:
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     axes.get_legend().remove()
     figure = _finish(axes, title, height=4.2)
-    figure.legend(loc='outside lower center', ncols=4, frameon=False, fontsize=10)
+    legend_below(figure, *axes.get_legend_handles_labels(), columns=4)
     return figure
 
 
@@ -121,7 +122,7 @@ def _parallel_coordinate(study: optuna.Study, title: str) -> Figure:
             low, high = scale.get_ylim()
             spaced = np.geomspace if distribution.log else np.linspace
             values = spaced(low, high, 5)
-            scale.set_yticks(values, [f'{value:.2g}' for value in values])
+            scale.set_yticks(values, _distinct(values))
             scale.minorticks_off()
         scale.tick_params(labelsize=9, labelcolor='black')
         scale.spines['right'].set(color=NEUTRAL, linewidth=0.8)
@@ -129,16 +130,23 @@ def _parallel_coordinate(study: optuna.Study, title: str) -> Figure:
         scale.grid(False)
         for label in scale.get_yticklabels():
             label.set_bbox({'facecolor': 'white', 'edgecolor': 'none', 'pad': 0.5, 'alpha': 0.85})
-    labels = ['validation\naccuracy (%)', *(name.replace(' ', '\n') for name in names)]
+    labels = ['validation\naccuracy (%)', *(re.sub(r'(?<=[.])| ', '\n', name) for name in names)]
     axes.set_xticks(range(len(labels)), labels, rotation=0)
+    width = max(8, 0.95 * len(labels))  # So that neighbours' names do not touch.
     # Not laid out: that needs axes side by side, and these lie on one another.
-    figure = _finish(axes, title, height=4.6, layout='none')
+    figure = _finish(axes, title, height=4.6, width=width, layout='none')
     axes.set_position((0.09, 0.14, 0.79, 0.7))
     axes.set_title('a line for each complete trial, the darker the better', fontsize=10, pad=10)
     axes.spines['left'].set(color=NEUTRAL, linewidth=0.8)
     axes.grid(False)
     axes.tick_params(axis='x', length=0, pad=13)
     return figure
+
+
+def _distinct(values: Sequence[float]) -> list[str]:
+    """The values with two digits, or so many more that no two are the same text."""
+    texts = [[f'{value:.{digits}g}' for value in values] for digits in range(2, 18)]
+    return next((text for text in texts if len(set(text)) == len(set(values))), texts[-1])
 
 
 def _importances(study: optuna.Study, title: str, colour: str) -> Figure:
@@ -156,11 +164,13 @@ def _importances(study: optuna.Study, title: str, colour: str) -> Figure:
     return figure
 
 
-def _finish(axes: Axes, title: str, height: float, layout: str = 'constrained') -> Figure:
+def _finish(
+    axes: Axes, title: str, height: float, width: float = 8, layout: str = 'constrained'
+) -> Figure:
     """Optuna's figure in the style and the size of all others."""
     figure = axes.figure
     plt.close(figure)  # So that pyplot forgets it.
-    figure.set_size_inches(8, height)
+    figure.set_size_inches(width, height)
     figure.set_dpi(PIXELS_AN_INCH)
     figure.set_layout_engine(layout)
     figure.set_facecolor('white')

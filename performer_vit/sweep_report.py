@@ -104,10 +104,10 @@ def table(results: Mapping) -> tuple[list[str], list[list[str]]]:
 
 
 def short_names(fields: Sequence[str]) -> dict[str, str]:
-    """For each field its last word, with spaces; the whole name where two end in the same word."""
+    """For each field its last word, with spaces; the whole name where that does not tell it."""
     words = [field.rpartition('.')[2] for field in fields]
     return {
-        field: word.replace('_', ' ') if words.count(word) == 1 else field
+        field: word.replace('_', ' ') if words.count(word) == 1 and word != 'name' else field
         for field, word in zip(fields, words, strict=True)
     }
 
@@ -179,8 +179,17 @@ def trial_ending(results: Mapping, number: int) -> str:
     return text
 
 
-def ending(results: Mapping, undrawn: Sequence[str], workdir: pathlib.Path) -> str:
-    """The table and what there is to know about a sweep that ends, or whose process does."""
+def ending(
+    results: Mapping, undrawn: Sequence[str], orphans: Sequence[int], workdir: pathlib.Path
+) -> str:
+    """The table and what there is to know about a sweep that ends, or whose process does.
+
+    Args:
+      results: from `write`.
+      undrawn: from `draw`.
+      orphans: from `Trials.orphans`.
+      workdir: of the sweep.
+    """
     states = [row['state'] for row in results['trials']]
     counts = [f'{states.count(state)} {state}' for state in STATES.values() if state in states]
     lines = [
@@ -188,17 +197,23 @@ def ending(results: Mapping, undrawn: Sequence[str], workdir: pathlib.Path) -> s
         f'{len(states)} of {results["num_trials"]} trials: {", ".join(counts)}.',
         *undrawn,
     ]
-    if 'running' in states:
+    if orphans:
+        names = ', '.join(f'trial_{number:04d}' for number in orphans)
+        lines.append(f'Interrupted, to be gone on with by the same command: {names}.')
+    if states.count('running') > len(orphans):
         lines.append('Trials that run are those of other processes, which go on with them.')
     if results['best'] is None:
         lines.append('No trial is complete, so there is no best_config.py.')
     else:
         best = _name(results['best'])
+        path = str(workdir / 'best_config.py')
         lines.append(
             f'Best: {best}, {_percent(results["best"]["value"])}. To train and test it: '
-            f'python run.py --config={shlex.quote(str(workdir / "best_config.py"))} '
+            f'python run.py --config={shlex.quote(path)} '
             f'--workdir={shlex.quote(f"{workdir}-{best}")}'
         )
+        if ':' in path:
+            lines.append('First copy that file to a path without a colon, which ends a --config.')
     return '\n'.join([*lines, f'Everything is in {workdir}'])
 
 

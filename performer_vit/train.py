@@ -75,6 +75,11 @@ def check_scored(config) -> None:
             'dataset.validation_fraction is 0, but the validation split is what scores this run: '
             'set it above 0.'
         )
+    check_not_stopped(config)
+
+
+def check_not_stopped(config) -> None:
+    """Raises `BadInput` for early stopping, which validation images that score a run cannot do."""
     if config.early_stopping_patience:
         raise BadInput(
             f'early_stopping_patience is {config.early_stopping_patience}, but the validation '
@@ -135,6 +140,11 @@ def check_flips(config, dataset: datasets.Dataset) -> None:
             f'flip_averaging is True, but images of {dataset.name} are never mirrored: mirror '
             'images show something else there. Set flip_averaging to False.'
         )
+
+
+def own_failure(error: Exception) -> str | None:
+    """Why a run failed by its own config, so that a series goes on with the next; else None."""
+    return str(error) if isinstance(error, FloatingPointError) else memory.exceeded(error)
 
 
 def scalar(value: jax.Array) -> float:

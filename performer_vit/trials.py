@@ -286,6 +286,17 @@ class Trials:
         """All trials, in their order."""
         return self._study.get_trials(deepcopy=False)
 
+    def orphans(self) -> list[int]:
+        """Numbers of the trials that were begun and not finished, and that nobody works on."""
+        numbers = []
+        for trial in self.all():
+            if trial.state == TrialState.RUNNING:
+                lock = self._take(trial.number, wait=False)
+                if lock is not None:
+                    lock.close()
+                    numbers.append(trial.number)
+        return numbers
+
     def directory(self, number: int) -> pathlib.Path:
         """Where the run of a trial is."""
         return self.workdir / f'trial_{number:04d}'

@@ -6,10 +6,25 @@ from collections.abc import Mapping, Sequence
 
 import tabulate
 
+# LaTeX knows – and ± in text, but these in formulas alone.
+_LATEX = str.maketrans({
+    'α': r'$\alpha$', 'β': r'$\beta$', 'γ': r'$\gamma$', 'δ': r'$\delta$', 'ε': r'$\epsilon$',
+    'η': r'$\eta$', 'θ': r'$\theta$', 'κ': r'$\kappa$', 'λ': r'$\lambda$', 'μ': r'$\mu$',
+    'ν': r'$\nu$', 'π': r'$\pi$', 'ρ': r'$\rho$', 'σ': r'$\sigma$', 'τ': r'$\tau$',
+    'φ': r'$\varphi$', 'ψ': r'$\psi$', 'ω': r'$\omega$', '→': r'$\to$', '²': r'\textsuperscript{2}',
+    '≤': r'$\le$', '≥': r'$\ge$', '×': r'$\times$',
+})  # fmt: skip
+
 
 def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table; the first column is aligned to the left, the others to the right."""
-    lines = [head, ['---'] + ['---:'] * (len(head) - 1), *rows]
+    """A Markdown table; the first column is aligned to the left, the others to the right.
+
+    What would end a cell or a line is escaped; other marks are the caller's, such as `code`.
+    """
+    lines = [
+        [cell.replace('|', r'\|').replace('\n', ' ') for cell in line] for line in (head, *rows)
+    ]
+    lines.insert(1, ['---'] + ['---:'] * (len(head) - 1))
     return '\n'.join(f'| {" | ".join(line)} |' for line in lines)
 
 
@@ -19,8 +34,7 @@ def latex(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
         rows, head, 'latex_booktabs', disable_numparse=True,
         colalign=('left', *['right'] * (len(head) - 1)),
     )  # fmt: skip
-    # LaTeX knows – and ± in text, but Greek letters in formulas alone.
-    return text.replace('θ', r'$\theta$')
+    return text.translate(_LATEX)
 
 
 def comma_separated(rows: Sequence[Mapping]) -> str:

@@ -35,6 +35,8 @@ _SCORED = {
 }  # fmt: skip
 # What variants are compared by, and fields that change nothing of it.
 _QUANTITIES = {'compare': 'test_accuracy', 'ablate': 'validation_accuracy'}
+# What a series has in its directory beside the variants' own.
+_OWN_FILES = ('figures', 'config.json', 'results.json', 'table.md', 'table.tex', 'table.csv')
 _IDLE = {'compare': ('flip_averaging',), 'ablate': OF_THE_TEST}
 
 
@@ -43,7 +45,7 @@ def compare(config, workdir: str | os.PathLike | None = None, run_name: str = 'r
 
     Each run has a directory of its own, VARIANT/seed_S. What is finished is not done again, what
     was interrupted goes on where it stopped, and a run of another config in its place is refused.
-    A run that diverged counts in no mean and is named.
+    A run that diverged, or needed more memory than there is, counts in no mean and is named.
 
     Args:
       config: as for `train.train`, with `compare.variants`, pairs of a name and a mapping of fields
@@ -112,8 +114,13 @@ def _check(section, mode: str, fields: Sequence[str]) -> None:
             f'the section `{mode}` of the config has the fields {sorted(section)}; it needs just '
             f'these: {", ".join(fields)}.'
         )
+    for field in set(fields) - {'baseline'}:
+        if not isinstance(section[field], tuple | list):
+            raise BadInput(
+                f'{mode}.{field} is {section[field]!r}; it is a tuple, such as those in configs/.'
+            )
     seeds = section.seeds
-    if not seeds or len(set(seeds)) < len(seeds) or any(type(seed) is not int for seed in seeds):
+    if not seeds or any(type(seed) is not int for seed in seeds) or len(set(seeds)) < len(seeds):
         raise BadInput(
             f'{mode}.seeds is {tuple(seeds)}; give one integer or more, each once, such as '
             f"--config.{mode}.seeds='(0, 1, 2)'."
@@ -183,7 +190,14 @@ def _run(
             raise BadInput(
                 f'{mode}: the variants {twin!r} and {name!r} are the same config: take one away.'
             )
-        twin = directories.setdefault(run_directory.directory_name(name), name)
+        directory = run_directory.directory_name(name)
+        if not directory.strip('.') or directory in _OWN_FILES:
+            raise BadInput(
+                f'{mode}: the variant {name!r} would have the directory {directory!r}, which is '
+                'no place for its runs: give it another name.'
+            )
+        # Some file systems take a and A for one.
+        twin = directories.setdefault(directory.casefold(), name)
         if twin != name:
             raise BadInput(
                 f'{mode}: the variants {twin!r} and {name!r} would be one directory: name them '
@@ -218,18 +232,23 @@ def _run(
                 run_directory.check_tested(directory, data[variant]['test images'])
             runs[variant, seed] = config, directory
     open_runs = [not run_directory.is_finished(directory) for _, directory in runs.values()]
-    rows, diverged, started = [], [], time.perf_counter()
+    rows, failed, started = [], [], time.perf_counter()
     for place, ((variant, seed), (config, directory)) in enumerate(runs.items()):
         left = progress.remaining(started, sum(open_runs[:place]), sum(open_runs))
         progress.say(dataset_name, f'Run {place + 1} of {len(runs)}: {variant}, seed {seed}{left}')
         try:
             rows.append({**train_one(config, directory), 'variant': variant})
-        except FloatingPointError as error:
-            diverged.append({'variant': variant, 'seed': seed, 'error': str(error)})
-            progress.say(dataset_name, f'{variant}, seed {seed}, diverged: {error}')
+        except Exception as error:
+            message = train.own_failure(error)
+            if message is None:
+                raise
+            failed.append({'variant': variant, 'seed': seed, 'error': message})
+            progress.say(dataset_name, f'{variant}, seed {seed}, failed: {message}')
             interruption.end_series(interruption.was_asked(error))
         jax.clear_caches()
-    results = _report(mode, section, rows, diverged, workdir)
+    if not rows:
+        raise BadInput(f'{mode}: every run failed; the first: {failed[0]["error"]}')
+    results = _report(mode, section, rows, failed, workdir)
     progress.say(dataset_name, (workdir / 'table.md').read_text(encoding='utf-8'))
     progress.say(dataset_name, f'Everything is in {workdir}')
     return results
@@ -269,12 +288,10 @@ def _report(
     mode: str,
     section,
     rows: Sequence[Mapping],
-    diverged: Sequence[Mapping],
+    failed: Sequence[Mapping],
     workdir: pathlib.Path,
 ) -> dict:
-    """Table, figures and `results.json` of the runs that did not diverge."""
-    if not rows:
-        raise FloatingPointError(f'every run diverged; the first: {diverged[0]["error"]}')
+    """Table, figures and `results.json` of the runs that did not fail."""
     quantity = _QUANTITIES[mode]
     baseline = section.baseline if mode == 'compare' else 'base'
     models = comparison.by_seed(rows, 'variant')
@@ -285,8 +302,8 @@ def _report(
     if baseline in models:
         lines.append(comparison.verdict(summary, names, baseline))
     lines += [
-        f'{run["variant"]}, seed {run["seed"]}, diverged and counts nowhere: {run["error"]}'
-        for run in diverged
+        f'{run["variant"]}, seed {run["seed"]}, failed and counts nowhere: {run["error"]}'
+        for run in failed
     ]
     run_directory.write_text(workdir / 'table.md', '\n\n'.join(filter(None, lines)) + '\n')
     run_directory.write_text(workdir / 'table.tex', typeset.latex(*table) + '\n')
@@ -317,7 +334,7 @@ def _report(
         'quantity': quantity,
         'models': summary,
         'runs': [dict(row) for row in rows],
-        'diverged': list(diverged),
+        'failed': list(failed),
     }
     run_directory.write_json(workdir / 'results.json', results)
     return results

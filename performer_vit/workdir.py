@@ -106,11 +106,11 @@ def read_json(path: str | os.PathLike) -> dict:
 
 def write_history(path: str | os.PathLike, rows: Sequence[Mapping]) -> None:
     """Writes `history.csv`: a row an epoch; missing values (None) are empty cells."""
-    lines = [','.join(HISTORY_COLUMNS)]
-    for row in rows:
-        cells = ('' if row[name] is None else str(row[name]) for name in HISTORY_COLUMNS)
-        lines.append(','.join(cells))
-    write_text(path, '\n'.join(lines) + '\n')
+    file = io.StringIO()
+    writer = csv.DictWriter(file, HISTORY_COLUMNS, extrasaction='ignore', lineterminator='\n')
+    writer.writeheader()
+    writer.writerows(rows)
+    write_text(path, file.getvalue())
 
 
 def read_history(path: str | os.PathLike) -> list[dict]:
@@ -160,16 +160,20 @@ def run_name(config_path: str, arguments: str, overrides: Mapping[str, object]) 
     changes = [
         f'{field}={value}' for field, value in sorted(overrides.items()) if field not in _UNNAMED
     ]
-    name = directory_name('-'.join([pathlib.Path(config_path).stem, *words, *changes]))
-    if len(name) <= _LONGEST_NAME:
-        return name
-    digest = hashlib.blake2b(name.encode(), digest_size=8).hexdigest()
-    return f'{name[: _LONGEST_NAME - len(digest) - 1]}-{digest}'
+    return directory_name('-'.join([pathlib.Path(config_path).stem, *words, *changes]))
 
 
 def directory_name(text: str) -> str:
-    """The text with only what every file system takes in the name of a directory."""
-    return ''.join(c if c.isalnum() or c in '-_=.,' else '_' for c in text)
+    """The text with only what every file system takes in the name of a directory.
+
+    Of what is too long, the end gives way to a digest of all of it.
+    """
+    name = ''.join(c if c.isalnum() or c in '-_=.,' else '_' for c in text)
+    content = name.encode()
+    if len(content) <= _LONGEST_NAME:
+        return name
+    digest = hashlib.blake2b(content, digest_size=8).hexdigest()
+    return f'{content[: _LONGEST_NAME - len(digest) - 1].decode(errors="ignore")}-{digest}'
 
 
 def check_writable(workdir: str | os.PathLike) -> None:
@@ -286,6 +290,12 @@ def read_config(workdir: str | os.PathLike) -> ConfigDict:
       BadInput: there is no config.json of a run.
     """
     values = read_json(pathlib.Path(workdir) / 'config.json')
+    if 'mode' in values:
+        raise BadInput(
+            f'{workdir} is the directory of several runs, of --mode={values["mode"]}: give that of '
+            'one, VARIANT/seed_S of a comparison or an ablation, fold_I of a cross-validation or '
+            'trial_NNNN of a sweep, whose best config is best_config.py.'
+        )
     try:
         name, data_dir = values.pop('dataset_read'), values['dataset']['data_dir']
         values.pop(_DATA, None)
@@ -298,8 +308,8 @@ def read_config(workdir: str | os.PathLike) -> ConfigDict:
         values['model']['stem_channels'] = tuple(map(tuple, grids))
     except (AttributeError, KeyError, TypeError) as error:
         raise BadInput(
-            f'{workdir}/config.json is not the config of a training: it is damaged, or that of '
-            'several. Give the directory of one, such as VARIANT/seed_S of a comparison.'
+            f'{workdir}/config.json is not the config of a training: it is damaged. Restore it, '
+            'or give the directory of another run.'
         ) from error
     return ConfigDict(values)
 

@@ -78,6 +78,10 @@ def test_a_config_comes_back_from_its_run(tmp_path):
         (None, 'config.json does not exist'),
         ('{', 'not valid JSON'),
         ('{"seed": 0}', 'not the config of a training'),
+        (
+            '{"mode": "sweep", "dataset_read": "digits"}',
+            'of several runs, of --mode=sweep.*best_config.py',
+        ),
         ('[]', r'holds \[\] and not the fields'),
         ('[' * 10**5, 'cannot be read'),
         (

@@ -910,3 +910,20 @@ def test_draw_all_says_what_is_missing(tmp_path):
     (tmp_path / 'results.json').write_text('{}')
     with pytest.raises(BadInput, match='test_predictions.npz does not exist.*final test'):
         figures.draw_all(tmp_path)
+
+
+def test_names_that_do_not_fit_beside_one_another():
+    """Catches a legend cut off at both ends, and a name with $ set as mathematics, or refused."""
+    names = [f'a variant of {i} words and $x^{{$ more' for i in range(7)]
+    figure = figures.Figure(figsize=(8, 4), dpi=100, layout='constrained')
+    figures.FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    handles = [figures.Line2D([], []) for _ in names]
+    figures.legend_below(figure, handles, names, columns=4)
+    figures.to_array(figure)
+    (legend,) = figure.legends
+    extent = legend.get_window_extent()
+    assert 0 <= extent.x0 and extent.x1 <= 800
+    assert [text.get_text() for text in legend.get_texts()] == names
+    # As high as with four columns, which leaves the panel its height.
+    assert figure.get_figheight() > 4 and axes.get_window_extent().height > 250

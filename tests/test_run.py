@@ -168,8 +168,11 @@ def test_without_data_the_default_command_trains_on_digits_and_says_so(tmp_path)
     (results,) = (tmp_path / 'runs' / 'digits').glob('vit-*num_epochs=1*/results.json')
     before = workdir.read_json(results)
     assert before['dataset'] == 'digits' and before['num_features'] is None
+    # On a number of devices that no batch of the training could be shared by.
+    kept['XLA_FLAGS'] = '--xla_force_host_platform_device_count=3'
     done = command('--mode=evaluate', f'--workdir={results.parent}')
     assert done.returncode == 0, done.stderr
+    assert '3 devices' in workdir.read_json(results)['evaluation_device']
     assert workdir.read_json(results)['test_loss'] == pytest.approx(before['test_loss'], rel=1e-6)
 
     done = command(f'--config={ROOT}/configs/vit.py:cifar10')

@@ -39,6 +39,7 @@ from performer_vit import (
     proposals,
     space,
     sweep,
+    sweep_report,
     train,
     trials,
     workdir,
@@ -488,6 +489,67 @@ def test_what_the_training_refuses_is_never_tried(tmp_path, trainer, monkeypatch
     assert any('num heads 5' in line and 'num_heads' in line for line in told), told
 
 
+def test_what_is_refused_is_looked_at_once(tmp_path, trainer, monkeypatch):
+    """Tracing a model takes a third of a second: catches a grid that traces for each proposal."""
+    seen = []
+    check = train.check_scored
+    monkeypatch.setattr(
+        train, 'check_scored', lambda config: (seen.append(config.to_json()), check(config))
+    )
+    sizes = ('batch_size', 'choice', (126, 128))  # Of four devices, no 126th part is whole.
+    results = sweep.sweep(config_of(sizes, DEPTH, sampler='grid', num_trials=8), tmp_path)
+    assert len(results['trials']) == 4 and len(seen) == len(set(seen)) == 8
+
+
+def test_early_stopping_is_refused_at_once(tmp_path, trainer, monkeypatch):
+    """Else each of a thousand drawn combinations would be refused for it, by a traced model."""
+    monkeypatch.setattr(train, 'check_scored', lambda config: pytest.fail('looks at trials'))
+    config = config_of()
+    config.early_stopping_patience = 3
+    with pytest.raises(BadInput, match='early_stopping_patience is 3, but the validation'):
+        sweep.sweep(config, tmp_path / 'run')
+
+
+def test_a_fold_that_fails_has_had_its_epochs(tmp_path, trainer, monkeypatch):
+    """Catches 'failed after 0 epochs' of a trial whose second fold diverges in its third."""
+
+    def run_fold(config, fold, directory, on_epoch):
+        history = [{'epoch': epoch, 'seconds': 6.0} for epoch in range(1, EPOCHS + 1)]
+        if fold == 0:
+            return {'validation_accuracy': 0.5, 'history': history}  # It had been finished.
+        for row in history[:2]:
+            on_epoch(row)
+        raise FloatingPointError('not finite')
+
+    monkeypatch.setattr(crossval, 'run_fold', run_fold)
+    (row,) = sweep.sweep(config_of(num_folds=3, num_trials=1), tmp_path)['trials']
+    assert (row['state'], row['epochs'], row['seconds']) == (
+        'failed',
+        EPOCHS + 2,
+        6.0 * (EPOCHS + 2),
+    )
+
+
+def test_who_goes_on_with_a_trial_that_runs(tmp_path, trainer):
+    """Catches 'other processes go on with them' of trials whose processes have died."""
+    results = sweep.sweep(config_of(num_trials=3), tmp_path)
+    for row in results['trials'][1:]:
+        row['state'] = 'running'
+    others = 'are those of other processes'
+    for orphans, parts in (
+        ((), (others,)),
+        ((1,), ('by the same command: trial_0001.', others)),
+        ((1, 2), ('by the same command: trial_0001, trial_0002.',)),
+    ):
+        text = sweep_report.ending(results, (), orphans, tmp_path)
+        assert all(part in text for part in parts)
+        assert (others in text) == (others in parts)
+    assert 'colon' not in text
+    (tmp_path / 'a:b').mkdir()
+    (tmp_path / 'a:b' / 'table.md').write_text('')
+    assert 'to a path without a colon' in sweep_report.ending(results, (), (), tmp_path / 'a:b')
+
+
 def test_what_the_best_config_could_not_do_is_said_first(tmp_path, trainer):
     """Trials are not tested, but the best is to be: catches hours for a config that is refused."""
     config = config_of(num_folds=3)
@@ -747,7 +809,9 @@ def test_a_trial_that_is_worked_on_is_nobody_elses(tmp_path):
     assert (ours.number, theirs.number) == (0, 1)
     assert ours.combination != theirs.combination
     assert claim(first) is None and claim(second) is None
+    assert first.orphans() == []
     ours.close()
+    assert first.orphans() == [0]
     continued = claim(second)
     assert continued.number == 0 and continued.continued and not theirs.continued
     assert continued.combination == ours.combination

@@ -1,12 +1,14 @@
 """Comparisons and ablations: every variant with every seed once, and never two configs mixed."""
 
 import csv
+import re
 
+import jax
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from performer_vit import comparison, datasets, progress, train, variants, workdir
+from performer_vit import comparison, datasets, memory, progress, train, variants, workdir
 from performer_vit.errors import BadInput
 from tests.conftest import load_config
 
@@ -143,19 +145,64 @@ def test_ablation_changes_one_factor_and_never_tests(tiny_config, tmp_path, trai
     assert 'test' not in table
 
 
-def test_a_run_that_diverges_is_named_and_counts_nowhere(tiny_config, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ('error', 'message'),
+    [
+        (FloatingPointError('the loss of step 7 is not finite'), 'the loss of step 7 is not'),
+        (memory.TooLargeError('the train state needs 90 GiB'), 'the train state needs 90 GiB'),
+        (MemoryError(), 'more memory needed than there is'),
+        (jax.errors.JaxRuntimeError('RESOURCE_EXHAUSTED: out'), 'than there is: .*EXHAUSTED'),
+    ],
+)
+def test_a_run_that_fails_is_named_and_counts_nowhere(
+    tiny_config, tmp_path, monkeypatch, error, message
+):
+    """Catches one variant, diverged or too large, that ends the runs of all others."""
+
     def train_one(config, directory):
-        if config.model.width == 32 and config.seed == 1:
-            raise FloatingPointError('the loss of step 7 is not finite')
+        if config.model.width == 32 and config.seed == 0:
+            raise error
         return fake_results(config, 0.5)
 
     monkeypatch.setattr(train, 'train', train_one)
     results = variants.compare(compare_config(tiny_config), tmp_path)
     assert [row['runs'] for row in results['models']] == [2, 2, 1]
-    assert results['diverged'] == [
-        {'variant': 'wide relu', 'seed': 1, 'error': 'the loss of step 7 is not finite'}
-    ]
-    assert 'wide relu, seed 1, diverged' in (tmp_path / 'table.md').read_text()
+    (failed,) = results['failed']
+    assert (failed['variant'], failed['seed']) == ('wide relu', 0)
+    assert re.search(message, failed['error'])
+    assert 'wide relu, seed 0, failed' in (tmp_path / 'table.md').read_text()
+
+
+def test_what_is_nobodys_fault_ends_a_comparison(tiny_config, tmp_path, monkeypatch):
+    """Catches a full disk written down as a variant that fails, and a table without any run."""
+
+    def train_one(config, directory):
+        raise error
+
+    monkeypatch.setattr(train, 'train', train_one)
+    for error in (OSError('no space left'), jax.errors.JaxRuntimeError('INTERNAL: x')):
+        with pytest.raises(type(error), match='no space|INTERNAL'):
+            variants.compare(compare_config(tiny_config), tmp_path)
+    error = FloatingPointError('not finite')
+    with pytest.raises(BadInput, match='compare: every run failed; the first: not finite'):
+        variants.compare(compare_config(tiny_config), tmp_path)
+    assert not (tmp_path / 'results.json').exists()
+
+
+def test_names_that_are_hard_to_draw_and_to_store(tiny_config, tmp_path, trained):
+    """Catches mathematics made of $, of which half is an error once all runs are trained.
+
+    And a name longer than a file's may be, and one that a table takes for two cells.
+    """
+    names = ('a$b_$', 'λ|μ', 'x' * 300, 'relu')
+    changes = [(name, {'num_epochs': 2 + place}) for place, name in enumerate(names)]
+    config = compare_config(tiny_config, baseline='relu', changes=tuple(changes))
+    results = variants.compare(config, tmp_path)
+    assert [row['model'] for row in results['models']] == list(names)
+    assert len({directory.parent for _, directory in trained}) == 4
+    assert all(len(directory.parent.name) <= 200 for _, directory in trained)
+    rows = (tmp_path / 'table.md').read_text().splitlines()[:6]
+    assert len({row.replace(r'\|', '').count('|') for row in rows}) == 1
 
 
 @pytest.mark.parametrize(
@@ -165,6 +212,16 @@ def test_a_run_that_diverges_is_named_and_counts_nowhere(tiny_config, tmp_path, 
         ('compare', {'seeds': ()}, r'compare\.seeds is \(\)'),
         ('compare', {'seeds': (1, 1)}, r'compare\.seeds is \(1, 1\)'),
         ('compare', {'seeds': (0, 'x')}, r"compare\.seeds is \(0, 'x'\)"),
+        ('compare', {'seeds': 3}, r'compare\.seeds is 3; it is a tuple'),
+        ('compare', {'seeds': ((1,), (2,))}, r'compare\.seeds is \(\(1,\), \(2,\)\); give one'),
+        ('ablate', {'changes': None}, r'ablate\.changes is None; it is a tuple'),
+        ('compare', {'variants': (('exact', {}), ('..', {'num_epochs': 3}))}, 'no place for'),
+        ('compare', {'variants': (('exact', {}), ('figures', {'num_epochs': 3}))}, 'no place for'),
+        (
+            'compare',
+            {'variants': (('exact', {}), ('Exact', {'num_epochs': 3}))},
+            "'exact' and 'Exact' would be one directory",
+        ),
         ('compare', {'seeds': (0, -1)}, "variant 'exact': seed is -1"),
         ('compare', {'reference': 'x'}, 'needs just these: variants, seeds, baseline'),
         ('compare', {'variants': ('exact', 'relu')}, "has the row 'exact'"),

@@ -196,6 +196,9 @@ def test_run_names_are_readable_and_safe():
     # Longer than file systems take, and apart in its last letter alone.
     one, two = (workdir.run_name('vit.py', '', {'field': 'x' * 300 + end}) for end in 'ab')
     assert len(one) == len(two) == 200 and one != two and one.startswith('vit-field=xxx')
+    # 255 are bytes; a character may take three.
+    one, two = (workdir.directory_name('幅' * 100 + end) for end in 'ab')
+    assert one != two and max(len(name.encode()) for name in (one, two)) <= 200
 
 
 def test_one_training_at_a_time(tmp_path):
@@ -208,3 +211,12 @@ def test_one_training_at_a_time(tmp_path):
             pass
     with workdir.alone(tmp_path / 'a' / 'run'):
         pass
+
+
+def test_a_history_of_data_with_a_comma_in_its_name(tmp_path):
+    """Catches one that is called damaged, since the name is two cells."""
+    row = dict.fromkeys(workdir.HISTORY_COLUMNS, 0.5) | {
+        'dataset': 'a, "b"', 'epoch': 1, 'step': 2, 'validation_loss': None,
+    }  # fmt: skip
+    workdir.write_history(tmp_path / 'history.csv', [row | {'more': 3}])
+    assert workdir.read_history(tmp_path / 'history.csv') == [row]
