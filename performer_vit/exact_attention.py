@@ -321,7 +321,7 @@ def _attend_head(
 
     statistics = (*query.shape[:-1], 1)
     carry = (
-        jnp.full(statistics, _lowest(dtype)),
+        jnp.full(statistics, _lowest(dtype), dtype),
         jnp.zeros(statistics, dtype),
         jnp.zeros((*query.shape[:-1], value.shape[-2]), dtype),
     )

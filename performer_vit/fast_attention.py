@@ -184,9 +184,10 @@ def make_fast_generalized_attention(
             if unidirectional
             else linear_attention.linear_attention
         )
-        # Of other functions nobody knows. The guard against cancelling costs little, but also acts
-        # where positive features leave less than a millionth of their product.
-        positive = kernel_fn is jax.nn.relu and kernel_epsilon > 0
+        # The guard against cancelling would also act where features that are positive leave less
+        # than a millionth of their product.
+        least = favor.least_on_grid(kernel_fn)
+        positive = least is not None and least[1] + kernel_epsilon >= 0
         attend = functools.partial(contract, feature_map=feature_map, signed=not positive)
     return _make_attention_fn(attend, None if matrix is None else qkv_dim, unidirectional)
 

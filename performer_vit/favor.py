@@ -113,9 +113,15 @@ def favor_attention(
     such a mask costs by itself.
 
     Features of softmax estimators leave float32's range; `linear_attention` says how they are
-    stabilised without changing the quotient. Features, sums and normaliser are in float32 whatever
-    the inputs are: with bfloat16 inputs the products W·x' have bfloat16 factors, and the output
-    differs from that of float32 by their rounding, 2⁻⁸ of |w||x'|.
+    stabilised without changing the quotient; with `is_causal`, `segment_ids` or a mask that has a
+    query axis, products of features below `linear_attention.SMALLEST` of the largest count as that.
+    Features, sums and normaliser are in float32 whatever the inputs are: with bfloat16 inputs the
+    products W·x' have bfloat16 factors, and the output differs from that of float32 by their
+    rounding, 2⁻⁸ of |w||x'|.
+
+    Large batches are attended to in blocks, one after the other. Under `jax.jit` with arrays that
+    are sharded over the batch, XLA would gather all of it on every device: wrap the call in
+    `jax.shard_map` there.
 
     Args:
       query: [batch…, N, H, D] floating, with at least one batch axis.
@@ -148,8 +154,13 @@ def favor_attention(
       BadInput: unknown kernel; an argument of the wrong shape or dtype, or missing, or not for this
         kernel, or not together with another.
     """
+    # Of NumPy, float64 becomes what JAX's own arrays have.
+    query, key, value = (jnp.asarray(x) for x in (query, key, value))
+    projection = _as_array('projection', projection)
     _check_weights(kernel, projection, theta, query.shape[-1], key.shape[-2:-1])
     mask = _check_inputs(query, key, value, mask)
+    if not query.shape[-3]:
+        return jnp.zeros((*query.shape[:-1], value.shape[-1]), value.dtype)
     warn_of_many_heads(*query.shape[-3:-1])
     segment_ids = _as_array('segment_ids', segment_ids)
     key_mask = _key_mask(mask, key.shape[-3])
@@ -311,7 +322,8 @@ class FavorAttention(nn.Module):
 
     The projection is the variable `matrix` of the collection `projections`, which no optimiser
     sees: `projections.draw(seed, layer, 0, ...)`, with the layer's number taken from the module's
-    path, so that every layer has its own. It is saved with the model, and `redraw_projections`
+    path, so that every layer has its own; the layers that `nn.scan` or `nn.vmap` makes of one
+    module have one path, and one matrix. It is saved with the model, and `redraw_projections`
     draws it anew. One matrix serves all heads, queries and keys; `theta_sharing` says what one fθ
     serves. fθ's weights are the params `theta`, as `favor_attention` takes them.
 
@@ -396,7 +408,7 @@ class FavorAttention(nn.Module):
         )
         choose('theta_init', self.theta_init, feature_maps.THETA_INITS)
         choose('theta_sharing', self.theta_sharing, THETA_SHARINGS)
-        if self.kernel in _LEARNT:
+        if self.kernel in LEARNT_KERNELS:
 
             def init(random_key: jax.Array) -> feature_maps.Theta:
                 return feature_maps.init_theta(
@@ -452,7 +464,8 @@ def redraw_projections(
         if matrix.ndim != 2:
             raise BadInput(
                 f'the projection {"/".join(names)} has shape {matrix.shape}; redrawing takes '
-                '[R, D] matrices. Redraw inside pmap, or before replicating the state.'
+                '[R, D] matrices. Redraw inside pmap, or before replicating the state; what '
+                'nn.scan or nn.vmap has stacked is one matrix, which cannot be redrawn.'
             )
         layer = _layer_number(names[:-1])
         return projections.draw(seed, layer, draw_number, *matrix.shape, projection, row_norms)
@@ -561,7 +574,7 @@ def make_attention_fn(
         an option that cannot be honoured.
     """
     _check_names(kernel, projection, row_norms)
-    if kernel in _LEARNT:
+    if kernel in LEARNT_KERNELS:
         raise BadInput(
             f'kernel {kernel!r} has parameters to train, which an attention_fn cannot hold. Use '
             'the module FavorAttention, or another kernel.'
@@ -626,6 +639,9 @@ def make_attention_fn(
                     f'never forms. Leave {name} as None.'
                 )
         query, key, value = promote_dtype(query, key, value, dtype=dtype)
+        is_one = query.ndim == key.ndim == value.ndim == 3  # Of Flax's layers on x of [N, C].
+        if is_one:
+            query, key, value = query[None], key[None], value[None]
         if mask is not None:
             mask = _as_array('mask', mask) != 0
         weights = {
@@ -645,8 +661,10 @@ def make_attention_fn(
         name = precision_name(precision)
         with jax.default_matmul_precision(name) if name else contextlib.nullcontext():
             if module is not None:
-                _sow_weights(module, attention_matrix(query, key, **weights))
-            return favor_attention(query, key, value, **weights)
+                seen = attention_matrix(query, key, **weights)
+                _sow_weights(module, seen[0] if is_one else seen)
+            output = favor_attention(query, key, value, **weights)
+            return output[0] if is_one else output
 
     return attention_fn
 
@@ -792,10 +810,10 @@ def _feature_map(
 
     if callable(kernel):
         return lambda x: feature_maps.elementwise(x, projection, kernel, temperature=temperature)
-    if kernel in _LEARNT and theta['hidden_kernel'].ndim == 3:
+    if kernel in LEARNT_KERNELS and theta['hidden_kernel'].ndim == 3:
         # Each map for its head: maps see [..., G, T, D].
         return lambda x: jax.vmap(learnt, (-3, 0), -3)(x, theta)
-    if kernel in _LEARNT:
+    if kernel in LEARNT_KERNELS:
         return lambda x: learnt(x, theta)
     if kernel == 'cosine':
         return cosine
@@ -928,7 +946,7 @@ def _check_weights(
         _check_positive(kernel)
     else:
         choose('kernel', kernel, KERNELS)
-    if (theta is not None) != (kernel in _LEARNT):
+    if (theta is not None) != (kernel in LEARNT_KERNELS):
         raise BadInput(
             f'theta is {"missing" if theta is None else "given"} for kernel {kernel!r}; it belongs '
             'to ftheta and ftheta_mixture alone. Make it with feature_maps.init_theta.'
@@ -943,7 +961,7 @@ def _check_weights(
                 'projections.draw.'
             )
         return
-    if kernel == 'exact' or kernel in _LEARNT:
+    if kernel == 'exact' or kernel in LEARNT_KERNELS:
         raise BadInput(f'projection is given, but kernel {kernel!r} has none. Leave it as None.')
     if projection.ndim != 2 or projection.shape[1] != head_dim or projection.shape[0] < 1:
         raise BadInput(
@@ -970,21 +988,34 @@ def _check_theta(
         )
 
 
-def _check_positive(function: Callable[[jax.Array], jax.Array]) -> None:
-    """Refuses a function that is negative somewhere, as far as that can be seen from a grid."""
+def least_on_grid(function: Callable[[jax.Array], jax.Array]) -> tuple[float, float] | None:
+    """A point from -30 to 30 where an elementwise function is least, or NaN, and its value there.
+
+    None where that cannot be known: the values are complex, or of another shape than the points, or
+    made of arrays that are traced, or depend on a point's place among the others.
+    """
     grid = np.linspace(-30, 30, 481, dtype=np.float32)
     with jax.ensure_compile_time_eval():
-        values = function(jnp.asarray(grid))
+        values, reversed_values = (function(jnp.asarray(points)) for points in (grid, grid[::-1]))
     if isinstance(values, jax.core.Tracer) or jnp.shape(values) != grid.shape:
-        return  # Made of arrays that are not known yet; `elementwise` checks the shape.
-    values = np.asarray(values)
-    if np.iscomplexobj(values) or not np.any(values + feature_maps.EPSILON < 0):
+        return None
+    values, reversed_values = np.asarray(values), np.asarray(reversed_values)
+    if np.iscomplexobj(values) or not np.allclose(values[::-1], reversed_values, equal_nan=True):
+        return None
+    place = int(np.argmin(values))  # NaN before all.
+    return float(grid[place]), float(values[place])
+
+
+def _check_positive(function: Callable[[jax.Array], jax.Array]) -> None:
+    """Refuses a function that is negative somewhere, as far as that can be seen from a grid."""
+    least = least_on_grid(function)
+    # What cannot be known here, `elementwise` checks.
+    if least is None or least[1] + feature_maps.EPSILON >= 0:
         return
-    worst = int(np.nanargmin(values))
     raise BadInput(
-        f'kernel is a function with f({grid[worst]:g}) = {values[worst]:g}; features must not be '
-        "negative, or the normaliser may cancel. Shift or square it; of signed kernels 'identity' "
-        'can be had by its name.'
+        f'kernel is a function with f({least[0]:g}) = {least[1]:g}; features must not be NaN, nor '
+        'negative, or the normaliser may cancel. Shift or square it; of signed kernels '
+        "'identity' can be had by its name."
     )
 
 
@@ -1000,8 +1031,12 @@ def _check_inputs(
                 'Add the axis that is missing: x[:, :, None] makes (batch, tokens, dim) one head, '
                 'x[None] makes (tokens, heads, dim) a batch of one.'
             )
-        if not jnp.issubdtype(x.dtype, jnp.floating):
-            raise BadInput(f'{name} has dtype {x.dtype}; allowed is a floating one. Convert it.')
+        # What has less than 16 bits is not promoted with anything else.
+        if not jnp.issubdtype(x.dtype, jnp.floating) or x.dtype.itemsize < 2:
+            raise BadInput(
+                f'{name} has dtype {x.dtype}; allowed is a floating one of 16, 32 or 64 bits. '
+                'Convert it.'
+            )
         if x.shape[:-3] != query.shape[:-3] or x.shape[-2] < 1 or query.shape[-2] % x.shape[-2]:
             raise BadInput(
                 f'{name} has shape {x.shape}, query {query.shape}; both are {layout} and must '

@@ -9,6 +9,7 @@ rows that can be applied in O(R log D) instead of O(R D), and are Gaussian only 
 """
 
 import functools
+import numbers
 import warnings
 
 import jax
@@ -262,10 +263,11 @@ def draw(
     """The projection of one layer, a pure function of (seed, layer, draw number).
 
     No state is kept: equal arguments give equal bits, whatever was drawn before. The key is
-    Threefry's whatever JAX's default generator is, so a setting elsewhere cannot change a model.
+    Threefry's whatever JAX's default generator is, and 64-bit mode changes nothing; of JAX's
+    settings, `jax_threefry_partitionable=False` alone draws others.
 
     Args:
-      seed: the model's seed.
+      seed: the model's seed, an integer 0 ≤ seed < 2³².
       layer: an integer 0 ≤ layer < 2³² that tells the layers of a model apart.
       draw_number: 0 for the initial matrix, counting up at each redraw; may be a traced int32.
       num_features: R ≥ 1.
@@ -278,13 +280,19 @@ def draw(
       [R, D] float32, what the function of the projection's name draws; None for 'none'.
 
     Raises:
-      BadInput: `projection` or `row_norms` is unknown, or R or D is less than 1.
+      BadInput: `projection` or `row_norms` is unknown, R or D is less than 1, or the seed is out
+        of its range.
 
     Warns:
       UserWarning: projection is 'hadamard' and D is not a power of two.
     """
     choose('projection', projection, PROJECTIONS)
     choose('row_norms', row_norms, ROW_NORMS)
+    # Of others JAX takes the last 32 bits, or in 64-bit mode more.
+    if isinstance(seed, numbers.Integral) and not 0 <= seed < 2**32:
+        raise BadInput(
+            f'seed is {seed}; allowed are integers from 0 to 2**32 - 1. Set it to one of these.'
+        )
     if projection == 'none':
         return None
     key = jax.random.key(seed, impl='threefry2x32')
@@ -323,7 +331,11 @@ def _signs(key: jax.Array, num_features: int, dim: int) -> jax.Array:
     # The key's other half is for the norms.
     sign_key, _ = jax.random.split(key)
     padded = _power_of_two(dim)
-    return jax.random.rademacher(sign_key, (-(-num_features // padded), 3, padded), jnp.float32)
+    # The bits of `jax.random.rademacher`, which draws others with jax_enable_x64.
+    is_plus = jax.random.bernoulli(
+        sign_key, jnp.float32(0.5), (-(-num_features // padded), 3, padded)
+    )
+    return 2 * is_plus.astype(jnp.float32) - 1
 
 
 def _power_of_two(dim: int) -> int:

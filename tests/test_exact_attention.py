@@ -494,3 +494,16 @@ def test_value_must_fit_key():
     for value in (x[:, :1], x[:, :, :1]):
         with pytest.raises(BadInput, match='value has shape'):
             ea.exact_attention(x, x, value)
+
+
+@pytest.mark.parametrize('dtype', ['float16', 'bfloat16', 'float32'])
+def test_narrow_inputs_in_64_bit_mode(dtype):
+    """More keys than a block has. Catches statistics that become float64 for floats of others."""
+    q, k, v = jax.random.normal(jax.random.key(0), (3, 1, 300, 1, 8), dtype)
+    expected = ea.exact_attention(q, k, v)
+    with jax.enable_x64(True):
+        out = ea.exact_attention(q, k, v)
+        gradient = jax.grad(lambda q: ea.exact_attention(q, k, v).sum())(q)
+    assert out.dtype == gradient.dtype == jnp.dtype(dtype)
+    tolerance = 1e-6 if dtype == 'float32' else 1e-2
+    np.testing.assert_allclose(*(x.astype(np.float32) for x in (out, expected)), atol=tolerance)

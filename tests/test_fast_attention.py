@@ -568,3 +568,16 @@ def test_in_flax_s_module():
     assert_close(output, np.einsum('bnhd,hdo->bno', heads, dense['out']['kernel']))
     with pytest.raises(BadInput, match='mask is given'):
         module.apply(params, x, mask=np.ones((B, 1, 5, 5), bool))
+
+
+@pytest.mark.parametrize('is_causal', [False, True])
+def test_positive_features_that_leave_little_are_no_cancellation(is_causal):
+    """Queries and keys opposed: sums a millionth of what they might be, and a mean of ones is one.
+
+    Catches the guard of signed features where a function has none.
+    """
+    q = np.tile(np.float32([8, -8]), (1, 64, 1, 1))
+    attend = make_fast_generalized_attention(
+        2, kernel_fn=jnp.exp, kernel_epsilon=0.0, unidirectional=is_causal
+    )
+    np.testing.assert_allclose(attend(q, -q, np.ones_like(q)), 1, rtol=1e-5)

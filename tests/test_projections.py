@@ -410,3 +410,20 @@ def test_bad_input_of_the_fast_projection():
             projections.hadamard_project(jnp.ones(dim), signs, num_features)
     with pytest.raises(BadInput, match='0 features in 4 dimensions'):
         projections.hadamard_project(jnp.ones(4), signs, 0)
+
+
+@pytest.mark.parametrize('projection', ['gaussian', 'orthogonal', 'simplex', 'hadamard'])
+def test_64_bit_mode_draws_the_same(projection):
+    """Catches a model whose matrix is another one where somebody else enables 64 bits."""
+    drawn = projections.draw(3, 1, 2, 24, 8, projection)
+    with jax.enable_x64(True):
+        again = projections.draw(3, 1, 2, 24, 8, projection)
+    assert drawn.dtype == again.dtype == jnp.float32
+    np.testing.assert_array_equal(drawn, again)
+
+
+@pytest.mark.parametrize('seed', [-1, 2**32])
+def test_seeds_that_jax_would_take_for_others(seed):
+    with pytest.raises(BadInput, match=f'seed is {seed}; allowed are'):
+        projections.draw(seed, 0, 0, 4, 4, 'gaussian')
+    projections.draw(2**32 - 1, 0, 0, 4, 4, 'gaussian')
