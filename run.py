@@ -1,6 +1,7 @@
 """Trains, evaluates, compares: python run.py --config=configs/performer_relu.py [--mode=train]."""
 
 import importlib
+import os
 import signal
 import sys
 
@@ -8,7 +9,7 @@ from absl import app, flags
 from ml_collections import config_flags
 
 from performer_vit import cluster, cpu_backend, files, interruption, workdir
-from performer_vit.command_line import fail, parse, quiet_libraries
+from performer_vit.command_line import fail, last_to_the_end, parse, quiet_libraries
 from performer_vit.errors import BadInput, one_line
 
 _CONFIG = config_flags.DEFINE_config_file(
@@ -63,29 +64,28 @@ _MODE = flags.DEFINE_enum(
 
 
 def _main(argv: list[str]) -> None:
+    last_to_the_end()
     mode, config_flag = _MODE.value, flags.FLAGS['config']
     _check_flags(argv, mode, config_flag)
 
     quiet_libraries()
-    if _joins():
-        try:
-            cluster.join(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
-        except BadInput as error:
-            fail(error)
-    # Outside of training, SIGTERM interrupts as SIGINT does.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    # Orbax, scikit-learn and Optuna take seconds to import; a mistyped flag should not, nor should
-    # one mode pay for another's.
-    _, module, function = _MODES[mode]
-    action = getattr(importlib.import_module(f'performer_vit.{module}'), function)
     try:
+        if _joins():
+            cluster.join(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
+        interruption.listen()
+        # Orbax, scikit-learn and Optuna take seconds to import; a mistyped flag should not, nor
+        # should one mode pay for another's.
+        _, module, function = _MODES[mode]
+        action = getattr(importlib.import_module(f'performer_vit.{module}'), function)
+        # No shell expands it behind the = of a flag.
+        directory = _WORKDIR.value and os.path.expanduser(_WORKDIR.value)
         if mode in _READING:
-            action(_WORKDIR.value)
+            action(directory)
             return
         path, _, arguments = config_flags.get_config_filename(config_flag).partition(':')
         overrides = config_flags.get_override_values(config_flag)
         name = workdir.run_name(path, arguments, overrides)
-        action(_CONFIG.value, _WORKDIR.value, name)
+        action(_CONFIG.value, directory, name)
     except (BadInput, FloatingPointError, cluster.OtherFailed) as error:
         fail(error)
     except Exception as error:

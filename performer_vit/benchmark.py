@@ -46,7 +46,7 @@ from performer_vit import (
     vit,
     workdir,
 )
-from performer_vit.command_line import fail, parse, quiet_libraries
+from performer_vit.command_line import fail, last_to_the_end, parse, quiet_libraries
 from performer_vit.errors import BadInput
 
 _CONFIG = config_flags.DEFINE_config_file('config', None, 'A file of configs/.')
@@ -151,6 +151,8 @@ def train_step(config, rounds: int, peers: bool = False) -> dict:
             )
         measured = timing.alternate(contenders, rounds)
         shown.close()
+    # A training that diverges stops, and its steps that were not made would count as fast ones.
+    train.raise_if_bad(config, training, current['state'], batches)
     values = {
         **_figures(config, dataset, training, operations, measured),
         'compile_seconds': compile_seconds,
@@ -384,6 +386,7 @@ def _check_flags(name: str) -> None:
 
 def main(argv: list[str]) -> None:
     """Runs the benchmark that the command line names."""
+    last_to_the_end()
     quiet_libraries()
     try:
         if len(argv) != 2 or argv[1] not in BENCHMARKS:
@@ -397,9 +400,10 @@ def main(argv: list[str]) -> None:
         values = benchmark.run()
     except (BadInput, FloatingPointError) as error:
         fail(error)
+    if _JSON.value:  # First of all: the measurements are not to be lost with the output.
+        workdir.write_json(_JSON.value, values)
     print(benchmark.table(values))
     if _JSON.value:
-        workdir.write_json(_JSON.value, values)
         benchmark.draw(values, pathlib.Path(_JSON.value))
 
 

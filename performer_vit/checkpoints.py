@@ -221,12 +221,17 @@ class Checkpoints:
             digest = progress.pop('digest', None)
             if digest is None:
                 raise ValueError('it has no fingerprint; earlier versions wrote none')
-            if digest != _digest(jax.tree.map(np.asarray, restored.state), progress):
+            state = jax.tree.map(np.asarray, restored.state)
+            if digest != _digest(state, progress):
                 raise ValueError('its content is not what was written')
+            # Orbax fits arrays of other shapes into the template without a word.
+            for leaf, wanted in zip(*map(jax.tree.leaves, (state, template)), strict=True):
+                if (leaf.shape, leaf.dtype) != (wanted.shape, wanted.dtype):
+                    raise _other_state(step, self.directory)
             # Earlier versions kept no scalars.
             scalars = progress.get('scalars', [])
             return Saved(restored.state, progress['rows'], scalars, progress['seconds'])
-        except MemoryError:
+        except (MemoryError, _Unusable):
             raise
         except Exception as error:  # Of any kind: anything may come of a damaged file.
             directory = self.directory / f'{step}'
@@ -235,11 +240,7 @@ class Checkpoints:
                 what = f'the checkpoint of step {step} in {self.directory}'
                 raise _unreadable(what, reason) from error
             if 'tree structures do not match' in str(error):
-                raise _Unusable(
-                    f'the checkpoint of step {step} in {self.directory} holds another state than '
-                    'this version of the code has: go on with the version that wrote it, or train '
-                    'again in another --workdir.'
-                ) from error
+                raise _other_state(step, self.directory) from error
             raise _Unusable(
                 f'the checkpoint of step {step} in {self.directory} is damaged '
                 f'({one_line(error)}): restore it from a copy, or train again in another '
@@ -361,7 +362,16 @@ def _unreadable(what: str, reason: str) -> BadInput:
     )
 
 
+def _other_state(step: int, directory: pathlib.Path) -> _Unusable:
+    return _Unusable(
+        f'the checkpoint of step {step} in {directory} holds another state than the model has '
+        'here: it is of another version of the code, with which to go on, or of data with other '
+        'classes, which are to be restored; or train again in another --workdir.'
+    )
+
+
 def _move_away(directory: pathlib.Path, step: int) -> pathlib.Path:
+    directory = directory.resolve()  # A link may lead to another disk, to which nothing is moved.
     target = directory.with_name('damaged_checkpoints')
     target.mkdir(exist_ok=True)
     taken = {path.name for path in target.iterdir()}

@@ -1,11 +1,15 @@
 """Parsing the flags of a command, how it says that they are wrong, and what it leaves unsaid."""
 
+import contextlib
+import errno
+import io
 import logging
 import os
 import re
 import sys
 import traceback
-from typing import NoReturn
+from collections.abc import Iterator
+from typing import NoReturn, TextIO
 
 from absl import flags
 from absl import logging as absl_logging
@@ -55,6 +59,53 @@ def fail(reason: object) -> NoReturn:
     """Prints the reason and ends the command with exit code 2."""
     print(f'error: {reason}', file=sys.stderr)
     sys.exit(2)
+
+
+class _Lasting:
+    """A stream of text to somebody who may go away, as the `tee` of a pipe at Ctrl-C does.
+
+    What is written after that goes nowhere, instead of being the end of a training.
+    """
+
+    def __init__(self, stream: TextIO):
+        self._stream = stream
+        # A letter that the encoding has not is no reason to end either.
+        stream.reconfigure(errors='backslashreplace')
+
+    def __getattr__(self, name: str):
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        """Writes the text, as far as anybody reads it."""
+        with self._lasting():
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        """Passes on what was written, as far as anybody reads it."""
+        with self._lasting():
+            self._stream.flush()
+
+    @contextlib.contextmanager
+    def _lasting(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            # The reader of a pipe, or the terminal, that is gone.
+            if error.errno not in (errno.EPIPE, errno.EIO):
+                raise
+            with open(os.devnull, 'w') as nowhere:
+                os.dup2(nowhere.fileno(), self._stream.fileno())
+
+
+def last_to_the_end() -> None:
+    """Lets a program go on whose output nobody reads any more, or never did; for its beginning."""
+    for name in ('stdout', 'stderr'):
+        stream = getattr(sys, name)
+        if stream is None:  # Closed from the start.
+            setattr(sys, name, open(os.devnull, 'w'))
+        elif isinstance(stream, io.TextIOWrapper):  # And no test's or notebook's own.
+            setattr(sys, name, _Lasting(stream))
 
 
 def quiet_libraries() -> None:

@@ -463,7 +463,10 @@ def _expanded(directory: str | os.PathLike) -> pathlib.Path:
 
 
 def _default_directory() -> pathlib.Path:
-    return pathlib.Path.home() / 'tensorflow_datasets'
+    try:
+        return pathlib.Path.home() / 'tensorflow_datasets'
+    except RuntimeError as error:  # Of a user without a home.
+        raise _Unavailable(one_line(error)) from error
 
 
 def _prepared_directory(name: str, data_dir: str | os.PathLike | None) -> pathlib.Path:

@@ -14,8 +14,27 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 EXIT_CODE = 75
 
 
+# What `heard` has heard: what it raises may be lost in a callback of a library's.
+_heard = []
+
+
 class Interrupted(KeyboardInterrupt):
     """A training was asked to stop, and has saved what the same command goes on from."""
+
+
+def listen() -> None:
+    """From here on both signals interrupt the program outside of `deferred`, which hears of them.
+
+    For the beginning of a program. A signal that was ignored before is ignored still.
+    """
+
+    def heard(number: int, _) -> None:
+        _heard.append(number)
+        raise KeyboardInterrupt
+
+    for number in SIGNALS:
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, heard)
 
 
 @contextlib.contextmanager
@@ -33,7 +52,7 @@ def deferred() -> Iterator[Callable[[], bool]]:
     before = {number: signal.getsignal(number) for number in SIGNALS}
     # None: a handler that is not Python's, which could not be put back.
     ours = [number for number in SIGNALS if before[number] not in (signal.SIG_IGN, None)]
-    received = []
+    received = list(_heard)
 
     def remember(number: int, _) -> None:
         received.append(number)

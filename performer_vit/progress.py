@@ -87,6 +87,12 @@ class Progress:
             # Hooks hear of every `log_every_steps`-th step alone, so the trace goes from the first
             # report to one that is five steps or more later.
             first_report = (first_step // config.log_every_steps + 1) * config.log_every_steps
+            if first_report >= last_step:
+                say(
+                    dataset_name,
+                    f'profile: nothing is traced, since the run ends at step {last_step:,} and its '
+                    f'first report is at step {first_report:,}; set log_every_steps lower.',
+                )
             profile = periodic_actions.Profile(
                 logdir=str(workdir),
                 num_profile_steps=5,

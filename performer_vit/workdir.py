@@ -177,8 +177,25 @@ def directory_name(text: str) -> str:
 
 
 def check_writable(workdir: str | os.PathLike) -> None:
-    """Raises `BadInput` unless files can be made in the directory, or where it would be made."""
+    """Raises `BadInput` unless files can be made in the directory, or where it would be made.
+
+    And found again: Orbax looks for its own by patterns, in which some characters are marks.
+    """
+    if '://' in os.fspath(workdir):
+        raise BadInput(
+            f'the workdir is {workdir}, an address; allowed are directories of a mounted file '
+            'system: give such a --workdir=DIR.'
+        )
     workdir = pathlib.Path(workdir).absolute()
+    marks = [mark for mark in ('[', ']', '**', '\\') if mark in os.fspath(workdir)]
+    if os.name == 'nt':
+        marks.remove('\\')
+    if marks or not files.is_text(os.fspath(workdir)):
+        reason = f'has {" and ".join(marks)} in it' if marks else 'is no UTF-8'
+        raise BadInput(
+            f'the path {os.fspath(workdir)!a} {reason}, and checkpoints could not be read back '
+            'from there: give another --workdir=DIR.'
+        )
     try:
         files.try_to_write(next(path for path in (workdir, *workdir.parents) if path.exists()))
     except OSError as error:

@@ -65,6 +65,16 @@ def test_figures_agree_with_each_other(tiny_config, monkeypatch, name):
     assert ('whole loop' in text) == (name == 'train_step')
 
 
+def test_a_training_that_diverges_has_no_figures(tiny_config, monkeypatch):
+    """It stops at its bad step: catches the steps after it, which took no time, counted as fast."""
+    monkeypatch.setattr(timing, 'PEAK_SIZE', 256)
+    tiny_config.optimizer.update(
+        name='sgd', learning_rate=1e3, weight_decay=1e3, clip_norm=0.0, warmup_epochs=0.0
+    )
+    with pytest.raises(FloatingPointError, match='are not finite'):
+        benchmark.train_step(tiny_config, 4)
+
+
 def test_the_twin_takes_turns_with_ours(tiny_config, monkeypatch):
     """Catches theirs over ours, a peer that is left out of the table, and a batch counted wrong."""
     torch_vit = pytest.importorskip('performer_vit.torch_vit')

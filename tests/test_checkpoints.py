@@ -58,6 +58,20 @@ def written(template, tmp_path_factory):
     return directory
 
 
+def test_arrays_of_other_shapes_are_another_state(written, template):
+    """Orbax fits them into the template: catches a head of four classes that is one of five."""
+    wider = checkpoints.create_state(
+        nn.Dense(5), optax.adam(1e-3), image_shape=(4, 4, 2), seed=0, ema=True
+    )
+    manager = Checkpoints(written, 3, every_epochs=1)
+    try:
+        with pytest.raises(BadInput, match='step 24 .* holds another state .* other classes'):
+            manager.restore(wider, 24)
+        manager.restore(template, 24)
+    finally:
+        manager.close()
+
+
 @pytest.fixture
 def copied(written, tmp_path):
     return shutil.copytree(written, tmp_path / 'run' / 'checkpoints')

@@ -310,6 +310,16 @@ def test_named_directory_without_the_data_set(tmp_path, monkeypatch, offline, th
     assert ('dataset.data_dir' if through == 'argument' else 'variable TFDS_DATA_DIR') in message
 
 
+def test_a_user_without_a_home_gets_the_digits(offline, monkeypatch):
+    """As in a container. Catches Python's own error, in the place of the notice."""
+
+    def no_home():
+        raise RuntimeError('Could not determine home directory.')
+
+    monkeypatch.setattr(datasets.pathlib.Path, 'home', no_home)
+    assert datasets.load('cifar10', fallback='digits').name == 'digits'
+
+
 def test_fallback_gives_notice_and_digits(offline, home):
     """Would catch a silent fallback, results under the wrong name, and TensorFlow imported before
     the decision."""

@@ -34,6 +34,33 @@ def test_the_first_signal_is_remembered(number):
     assert [signal.getsignal(each) for each in interruption.SIGNALS] == before
 
 
+@pytest.mark.parametrize('number', interruption.SIGNALS)
+def test_what_a_library_swallows_is_heard_by_the_next_run(number, monkeypatch):
+    """Python drops what a handler raises within a callback, of a garbage collection for one.
+
+    Catches a training that begins after it had been asked to stop, and a signal that is no longer
+    ignored.
+    """
+    monkeypatch.setattr(interruption, '_heard', [])
+    before = {each: signal.getsignal(each) for each in interruption.SIGNALS}
+    other = next(each for each in interruption.SIGNALS if each != number)
+    try:
+        signal.signal(number, signal.default_int_handler)
+        signal.signal(other, signal.SIG_IGN)
+        interruption.listen()
+        assert signal.getsignal(other) == signal.SIG_IGN
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), number)
+            threading.Event().wait(10)
+        with pytest.raises(interruption.Interrupted):
+            with interruption.deferred() as asked:
+                assert asked()
+                raise interruption.Interrupted('This run has saved.')
+    finally:
+        for each, handler in before.items():
+            signal.signal(each, handler)
+
+
 def test_a_signal_that_nobody_acted_on_is_not_swallowed():
     """Catches a series of runs that goes on with the next one."""
     with pytest.raises(interruption.Interrupted, match='was done first'):

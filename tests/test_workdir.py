@@ -1,5 +1,6 @@
 """The small files of a run, and whose a workdir is."""
 
+import os
 import pathlib
 import pickle
 
@@ -220,3 +221,29 @@ def test_a_history_of_data_with_a_comma_in_its_name(tmp_path):
     }  # fmt: skip
     workdir.write_history(tmp_path / 'history.csv', [row | {'more': 3}])
     assert workdir.read_history(tmp_path / 'history.csv') == [row]
+
+
+@pytest.mark.parametrize(
+    ('name', 'message'),
+    [
+        ('x[1', r'has \[ in it'),
+        ('x]/y', r'has \] in it'),
+        ('a**b', r'has \*\* in it'),
+        pytest.param(
+            'a\\b', 'in it', marks=pytest.mark.skipif(os.name == 'nt', reason='a separator')
+        ),
+        ('a\udcff', 'is no UTF-8'),
+    ],
+)
+def test_paths_from_which_no_checkpoint_could_be_read(tmp_path, name, message):
+    """Catches a run that is trained to its end, and whose best state is then called damaged."""
+    with pytest.raises(BadInput, match=message):
+        workdir.claim(tmp_path / name, {})
+    assert not list(tmp_path.iterdir())
+    workdir.check_writable(tmp_path / "a b #?%*{}'ü$")
+
+
+def test_an_address_is_no_directory():
+    """Catches a directory named gs: that is made in this one."""
+    with pytest.raises(BadInput, match='gs://bucket/x, an address'):
+        workdir.check_writable('gs://bucket/x')
