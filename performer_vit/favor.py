@@ -154,11 +154,11 @@ def favor_attention(
       BadInput: unknown kernel; an argument of the wrong shape or dtype, or missing, or not for this
         kernel, or not together with another.
     """
-    # Of NumPy, float64 becomes what JAX's own arrays have.
-    query, key, value = (jnp.asarray(x) for x in (query, key, value))
     projection = _as_array('projection', projection)
     _check_weights(kernel, projection, theta, query.shape[-1], key.shape[-2:-1])
     mask = _check_inputs(query, key, value, mask)
+    # Of NumPy, float64 becomes what JAX's own arrays have.
+    query, key, value = (jnp.asarray(x) for x in (query, key, value))
     if not query.shape[-3]:
         return jnp.zeros((*query.shape[:-1], value.shape[-1]), value.dtype)
     warn_of_many_heads(*query.shape[-3:-1])
