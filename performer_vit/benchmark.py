@@ -402,9 +402,8 @@ def main(argv: list[str]) -> None:
         fail(error)
     if _JSON.value:  # First of all: the measurements are not to be lost with the output.
         workdir.write_json(_JSON.value, values)
-    print(benchmark.table(values))
-    if _JSON.value:
         benchmark.draw(values, pathlib.Path(_JSON.value))
+    print(benchmark.table(values))
 
 
 if __name__ == '__main__':

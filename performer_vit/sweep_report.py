@@ -198,7 +198,7 @@ def ending(
         *undrawn,
     ]
     if orphans:
-        names = ', '.join(f'trial_{number:04d}' for number in orphans)
+        names = ', '.join(_name({'number': number}) for number in orphans)
         lines.append(f'Interrupted, to be gone on with by the same command: {names}.')
     if states.count('running') > len(orphans):
         lines.append('Trials that run are those of other processes, which go on with them.')
