@@ -69,17 +69,26 @@ def may_use_accelerator(variables: Mapping[str, str]) -> bool:
     )
 
 
+def with_cpu(platforms: str) -> str:
+    """The value of `JAX_PLATFORMS` that has the CPU too, which counts operations; last of all."""
+    names = platforms.split(',')
+    return platforms if not platforms or 'cpu' in names else f'{platforms},cpu'
+
+
 def configure() -> None:
     """Gives this process two devices and huge pages; for the beginning of a program.
 
     XLA reads its flags when JAX first computes, so devices are a matter of a variable. Malloc reads
     its own when a process begins: for huge pages this process starts again, in its place.
 
-    Does nothing where that would change nothing, or JAX may use an accelerator. Small pages are
-    kept by `GLIBC_TUNABLES=glibc.malloc.hugetlb=0`, one device by
+    Does nothing where that would change nothing. Where JAX may use an accelerator, it only sees to
+    it that `JAX_PLATFORMS`, if set, has the CPU too. Small pages are kept by
+    `GLIBC_TUNABLES=glibc.malloc.hugetlb=0`, one device by
     `XLA_FLAGS=--xla_force_host_platform_device_count=1`.
     """
     if may_use_accelerator(os.environ):
+        if os.environ.get('JAX_PLATFORMS'):
+            os.environ['JAX_PLATFORMS'] = with_cpu(os.environ['JAX_PLATFORMS'])
         return
     flags = device_flags(os.environ.get(DEVICES, ''), num_cores())
     if flags is not None:

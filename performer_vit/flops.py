@@ -6,6 +6,7 @@ from collections.abc import Callable
 import jax
 
 from performer_vit import convolution, exact_attention, linear_attention
+from performer_vit.errors import BadInput
 
 
 def count(function: Callable, *arguments) -> float:
@@ -16,11 +17,25 @@ def count(function: Callable, *arguments) -> float:
     and attention and convolutions loop over blocks; so they are counted in one block, which also
     leaves out what the backward pass computes twice.
 
+    JAX's CPU backend counts, whatever computes: others count programs that are compiled alone, and
+    there nothing of what they leave to libraries, such as the products on a GPU.
+
     Args:
       function: what `jax.pmap(function, axis_name='batch')` takes.
       arguments: trees of arrays whose first axis is that of the devices. The last argument is the
         batch, which is spread over them; of the others, every device has a copy.
+
+    Raises:
+      BadInput: JAX has no CPU backend, as with JAX_PLATFORMS=cuda.
     """
+    try:
+        devices = jax.local_devices(backend='cpu')[:1]
+    except RuntimeError as error:
+        raise BadInput(
+            "operations are counted by JAX's CPU backend, which is not there "
+            f'({str(error).rstrip(".")}). Where JAX_PLATFORMS is set, add it, as in '
+            'JAX_PLATFORMS=cuda,cpu: the accelerator still comes first.'
+        ) from error
     *copies, batch = arguments
     copies = jax.tree.map(lambda x: jax.ShapeDtypeStruct((1, *x.shape[1:]), x.dtype), copies)
     batch = jax.tree.map(
@@ -36,7 +51,7 @@ def count(function: Callable, *arguments) -> float:
             lambda *args: jax.tree.map(
                 lambda x: x[None], function(*jax.tree.map(lambda x: x[0], args))
             ),
-            mesh=jax.sharding.Mesh(jax.local_devices()[:1], 'batch'),
+            mesh=jax.sharding.Mesh(devices, 'batch'),
             in_specs=jax.P('batch'),
             out_specs=jax.P('batch'),
             check_vma=False,

@@ -8,8 +8,10 @@ import shutil
 import sys
 import tempfile
 
-# Before JAX is imported anywhere.
-os.environ['JAX_PLATFORMS'] = 'cpu'
+# Before JAX is imported anywhere. Another backend is for those who ask: JAX_PLATFORMS=cuda,cpu.
+if os.environ.setdefault('JAX_PLATFORMS', 'cpu') != 'cpu':
+    # A GPU would round the factors of float32 products to 11 bits, coarser than what tests allow.
+    os.environ.setdefault('JAX_DEFAULT_MATMUL_PRECISION', 'highest')
 # Most of a test's time is compilation: LLVM need not optimise programs that run for milliseconds.
 os.environ['XLA_FLAGS'] = ' '.join([
     os.environ.get('XLA_FLAGS', ''),

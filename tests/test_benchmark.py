@@ -27,6 +27,7 @@ from performer_vit import (
     timing,
     workdir,
 )
+from performer_vit.errors import BadInput
 from tests.conftest import ROOT
 
 
@@ -121,6 +122,27 @@ def test_what_devices_repeat_counts_once():
     one = flops.count(step, weights[:1], images.reshape(1, 12, 8))
     assert one == pytest.approx(2 * (12 + 8) * 8 * 8, rel=0.01)
     assert flops.count(step, weights, images) == one
+
+
+def test_the_cpu_counts_for_other_devices(monkeypatch):
+    """Catches a count on the device that computes, where that is one whose XLA does not count."""
+    local_devices = jax.local_devices
+
+    def on_the_cpu(*, backend=None):
+        if backend is None:
+            raise NotImplementedError
+        return local_devices(backend=backend)[2:]  # Not where the arrays are, as with a GPU.
+
+    monkeypatch.setattr(jax, 'local_devices', on_the_cpu)
+    eye = jnp.eye(8)
+    assert flops.count(lambda x: x @ eye, jnp.ones((1, 4, 8))) == pytest.approx(512, rel=0.01)
+
+    def without(*, backend):
+        raise RuntimeError(f"Unknown backend: '{backend}' requested.")
+
+    monkeypatch.setattr(jax, 'local_devices', without)
+    with pytest.raises(BadInput, match='JAX_PLATFORMS=cuda,cpu'):
+        flops.count(lambda x: x @ eye, jnp.ones((1, 4, 8)))
 
 
 # The command line

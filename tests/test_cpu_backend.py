@@ -53,6 +53,15 @@ def test_only_the_cpu_backend_asks(platforms, expected):
     assert cpu_backend.may_use_accelerator({'JAX_PLATFORMS': platforms}) == expected
 
 
+@pytest.mark.parametrize(
+    'given, expected',
+    [('', ''), ('cuda', 'cuda,cpu'), ('cuda,cpu', 'cuda,cpu'), ('cpu', 'cpu'), ('tpu', 'tpu,cpu')],
+)
+def test_the_cpu_stays_beside_an_accelerator(given, expected):
+    """Catches a training that `JAX_PLATFORMS=cuda` ends, since the CPU counts its operations."""
+    assert cpu_backend.with_cpu(given) == expected
+
+
 PROGRAM = """
 import os, sys
 import jax
