@@ -534,6 +534,7 @@ def test_precision_reaches_the_products(make, renormalize):
     attend = make(renormalize_attention=renormalize)
     arrays = inputs((3, 4))
 
+    @jax.default_matmul_precision(None)  # Which the environment may set.
     def products(precision):
         jaxpr = str(jax.make_jaxpr(functools.partial(attend, precision=precision))(*arrays))
         return jaxpr.count('dot_general['), jaxpr.count('HIGHEST, Precision.HIGHEST')
