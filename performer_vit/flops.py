@@ -17,8 +17,8 @@ def count(function: Callable, *arguments) -> float:
     and attention and convolutions loop over blocks; so they are counted in one block, which also
     leaves out what the backward pass computes twice.
 
-    JAX's CPU backend counts, whatever computes: others count programs that are compiled alone, and
-    there nothing of what they leave to libraries, such as the products on a GPU.
+    JAX's CPU backend counts, whatever computes: others count only what is compiled, and there
+    nothing of what they leave to libraries, such as the products on a GPU.
 
     Args:
       function: what `jax.pmap(function, axis_name='batch')` takes.

@@ -12,6 +12,8 @@ import tempfile
 if os.environ.setdefault('JAX_PLATFORMS', 'cpu') != 'cpu':
     # A GPU would round the factors of float32 products to 11 bits, coarser than what tests allow.
     os.environ.setdefault('JAX_DEFAULT_MATMUL_PRECISION', 'highest')
+    # Nor would there be room for a second worker, of the memory that JAX takes for itself.
+    os.environ.setdefault('XLA_PYTHON_CLIENT_PREALLOCATE', 'false')
 # Most of a test's time is compilation: LLVM need not optimise programs that run for milliseconds.
 os.environ['XLA_FLAGS'] = ' '.join([
     os.environ.get('XLA_FLAGS', ''),
